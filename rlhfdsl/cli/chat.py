@@ -1,0 +1,137 @@
+"""`rlhf chat`: talk to a trained policy, several turns, streaming."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhfdsl.cli.common import show_user_error
+from rlhfdsl.language.diagnostics import UserError
+
+HELP = "talk to a trained policy"
+COMMANDS = "/new starts a new conversation, /quit ends"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a run's folder (runs/NAME), or any model folder in Hugging Face form")
+    parser.add_argument("--stage", help="the stage whose policy answers, e.g. sft (default: the last one)")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of that stage")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1.0)")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    parser.add_argument("--system", help="a system message to start with")
+    parser.add_argument("--seed", type=int, help="repeat the same conversation")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        directory = policy_folder(args.run, args.stage, args.ema)
+        return converse(directory, args)
+    except UserError as error:
+        show_user_error(error, None)
+        return 1
+
+
+def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
+    """The folder of the policy to talk to. Raises UserError when there is none."""
+    plan_path = run / "plan.json"
+    if not plan_path.exists():
+        if (run / "config.json").exists():
+            return run
+        raise UserError(
+            "E0830",
+            f"`{run}` is neither a run nor a model: it has no plan.json and no config.json",
+            help="give the folder that `rlhf run` wrote, e.g. runs/quickstart",
+        )
+    plan: dict[str, Any] = json.loads(plan_path.read_text(encoding="utf-8"))
+    artifact = "ema" if ema else "policy"
+    made = {
+        s["address"].removeprefix("stage."): Path(s["artifacts"][artifact])
+        for s in plan["stages"]
+        if artifact in s["artifacts"]
+    }
+    ready = {name: path for name, path in made.items() if path.is_dir()}
+    if stage is not None:
+        stage = stage.removeprefix("stage.")
+        if stage not in ready:
+            why = "is not finished" if stage in made else f"makes no {artifact}"
+            raise UserError("E0831", f"stage `{stage}` of {run} {why}", help=_choices(ready))
+        return ready[stage]
+    if not ready:
+        raise UserError("E0831", f"no stage of {run} has made a {artifact} yet", help="finish it with `rlhf run`")
+    return list(ready.values())[-1]
+
+
+def _choices(ready: dict[str, Path]) -> str:
+    return "ready: " + ", ".join(ready) if ready else "finish it with `rlhf run`"
+
+
+def converse(directory: Path, args: argparse.Namespace) -> int:
+    """Read a line, stream the answer, until the input ends."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "E0832", f"the model in `{directory}` cannot be loaded", help=str(error).splitlines()[0][:300]
+        ) from error
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{directory}  ({COMMANDS})")
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(start)
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    while True:
+        try:
+            line = input("\n> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if line in ("/quit", "/exit"):
+            return 0
+        if line == "/new":
+            messages = list(start)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        prompt = fitted(tokenizer, messages, context - args.tokens).to(model.device)
+        try:
+            with torch.no_grad():
+                output = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=min(args.tokens, max(context - prompt.shape[1], 1)),
+                    do_sample=args.temperature > 0,
+                    temperature=args.temperature if args.temperature > 0 else None,
+                    top_k=0 if args.temperature > 0 else None,
+                    streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                )
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+            messages.pop()
+            continue
+        answer = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def fitted(tokenizer, messages: list[dict[str, str]], room: int):
+    """Ids [1, T] of the conversation; the oldest turns are forgotten (in place) until it leaves room for an answer."""
+    while True:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        first = 1 if messages[0]["role"] == "system" else 0
+        if ids.shape[1] <= room or len(messages) - first <= 1:
+            return ids[:, -max(room, 1) :]
+        del messages[first : first + 2]

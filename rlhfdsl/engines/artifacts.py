@@ -1,0 +1,79 @@
+"""What a stage leaves: models in Hugging Face form, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhfdsl.engines import distributed
+from rlhfdsl.engines.engine import Engine
+from rlhfdsl.models.loading import gathered
+from rlhfdsl.models.scalar import ScalarModel
+
+
+def save_model(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    stop_ids: tuple[int, ...],
+    extra: dict | None = None,
+) -> None:
+    """Write the engine's model to `directory`: safetensors, configs, tokenizer, chat template. Every rank calls it.
+
+    stop_ids: the ids that end an answer, for the generation config.
+    extra: numbers kept in config.json beside the model's own (a reward model's mean and deviation).
+    The directory appears at once, when all of it is on the disk.
+    """
+    model: PreTrainedModel = engine.module.classifier if isinstance(engine.module, ScalarModel) else engine.module
+    weights = whole_weights(model) if engine.partitioned else None
+    if distributed.rank() == 0:
+        partial = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, value in (extra or {}).items():
+            setattr(model.config, name, value)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        _finish_configs(partial, list(stop_ids), tokenizer.pad_token_id)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(partial, directory)
+    distributed.barrier()
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """The state dict of a model whose parameters ZeRO 3 partitions, on the CPU of rank 0; None elsewhere.
+
+    One parameter at a time, so that no device holds the whole model.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        with gathered([parameter]):
+            if distributed.rank() == 0:
+                weights[name] = parameter.detach().cpu().clone()
+    if distributed.rank() != 0:
+        return None
+    return {name: weights.get(name, tensor) for name, tensor in model.state_dict().items()}
+
+
+def _finish_configs(directory: Path, stop_ids: list[int], pad_id: int | None) -> None:
+    """Training switches the KV cache off and asks for no sampling; the saved model is for use."""
+    config = json.loads((directory / "config.json").read_text())
+    config["use_cache"] = True
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        values = json.loads(generation.read_text())
+        values["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+        values["pad_token_id"] = pad_id if pad_id is not None else stop_ids[0]
+        values.pop("use_cache", None)
+        generation.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

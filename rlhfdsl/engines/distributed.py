@@ -1,0 +1,71 @@
+"""The ranks of a stage: one process for each device, joined by DeepSpeed's communication."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import deepspeed
+import torch
+from deepspeed import comm
+
+
+def join(device_kind: str) -> torch.device:
+    """Join the ranks that the launcher announced in the environment; return this rank's device.
+
+    device_kind: "cpu" (gloo) or "cuda" (NCCL). Without a launcher this process is the only rank.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    device = torch.device("cpu")
+    if device_kind == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not comm.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device_kind == "cuda" else "gloo", verbose=False)
+    return device
+
+
+def free_port() -> str:
+    """A TCP port of this host that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def rank() -> int:
+    return comm.get_rank()
+
+
+def world() -> int:
+    return comm.get_world_size()
+
+
+def barrier() -> None:
+    comm.barrier()
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum of `tensor` over all ranks, in place."""
+    if world() > 1:
+        comm.all_reduce(tensor)
+    return tensor
+
+
+def my_rows(count: int) -> tuple[list[int], int]:
+    """The rows of this rank out of `count`, dealt like cards: rank r takes r, r + world, …
+
+    Returns the row numbers and how many of them are its own. Every rank gets equally many (the last row stands in
+    where the deal does not come out even), since under ZeRO 3 a rank that runs fewer forwards hangs the others.
+    """
+    size, me = world(), rank()
+    own = list(range(me, count, size))
+    dealt = -(-count // size)
+    return own + [count - 1] * (dealt - len(own)), len(own)
+
+
+def spread(values: torch.Tensor, rows: list[int], count: int) -> torch.Tensor:
+    """Put each rank's `values` [len(rows), …] at its `rows` and share the whole [count, …] with every rank."""
+    whole = torch.zeros(count, *values.shape[1:], dtype=values.dtype, device=values.device)
+    whole[rows] = values
+    return all_sum(whole)

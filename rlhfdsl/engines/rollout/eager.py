@@ -1,0 +1,85 @@
+"""The eager rollout: the model's own `generate`. Slow and right everywhere; the reference for every other engine."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from rlhfdsl.engines.engine import PolicyEngine
+from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling
+from rlhfdsl.engines.rollout.sampling import gumbel
+from rlhfdsl.models.inputs import length_mask
+
+
+class EagerSampler(Sampler):
+    """Samples with transformers' `generate` over the training weights, at any ZeRO stage."""
+
+    name = "eager"
+
+    def __init__(self, engine: PolicyEngine):
+        self.engine = engine
+
+    @torch.no_grad()
+    def generate(self, request: Prompts, sampling: Sampling) -> Rollout:
+        copies = sampling.n_samples_per_prompt
+        prompts = request.prompt_ids.repeat_interleave(copies, 0)
+        mask = request.prompt_attention_mask.repeat_interleave(copies, 0)
+        start = prompts.shape[1]
+        draw = _Draw(request.seeds, sampling.temperature, start)
+        module = self.engine.module
+        was_training, own = module.training, module.generation_config
+        self.engine.eval()
+        # `generate` fills what a call leaves open from the model's own generation_config, which may hold a penalty or a
+        # top-k that makes the sampled distribution another one than the policy's: for the call it is set aside.
+        module.generation_config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(sampling.stop_ids),
+            pad_token_id=sampling.pad_id,
+            use_cache=True,
+        )
+        try:
+            ids = module.generate(
+                prompts,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([draw]),
+                synced_gpus=self.engine.partitioned,
+            )
+        finally:
+            module.generation_config = own
+            self.engine.deepspeed.train(was_training)
+        answers = ids[:, start:]
+        lengths, ended = answer_lengths(answers, sampling.stop_ids)
+        live = length_mask(lengths, answers.shape[1])
+        log_probs = torch.stack(draw.log_probs[: answers.shape[1]], 1)
+        return Rollout(
+            input_ids=ids,
+            attention_mask=torch.cat([mask, live.to(mask.dtype)], 1),
+            response_start_idx=torch.full_like(lengths, start),
+            answer_lengths=lengths,
+            ended=ended,
+            log_probs=log_probs.masked_fill(~live, 0.0),
+        )
+
+
+class _Draw(LogitsProcessor):
+    """Turns `generate`'s argmax into a draw from softmax(logits / temperature), and keeps each draw's log-probability."""
+
+    def __init__(self, seeds: torch.Tensor, temperature: float, start: int):
+        self.seeds, self.temperature, self.start = seeds, temperature, start
+        self.log_probs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float() / self.temperature
+        noisy = logits + gumbel(self.seeds, input_ids.shape[1] - self.start, logits.shape[1])
+        chosen = noisy.argmax(-1, keepdim=True)
+        self.log_probs.append((logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1))
+        return noisy
+
+
+def answer_lengths(answers: torch.Tensor, stop_ids: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths [B] up to and with the first stop id of `answers` [B, T], and whether there is one [B]."""
+    stops = torch.isin(answers, torch.tensor(stop_ids, device=answers.device, dtype=answers.dtype))
+    ended = stops.any(1)
+    first = stops.int().argmax(1) + 1
+    return torch.where(ended, first, answers.shape[1]), ended

@@ -1,0 +1,36 @@
+"""What a decoder's forward is given: masks and positions made from lengths, never from pad ids."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+
+import torch
+from torch import nn
+
+
+def length_mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
+    """Bool [B, width], true on the first `lengths[b]` columns of each row."""
+    return torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def forward_inputs(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> dict:
+    """Keyword arguments of `model.forward` for right-padded `ids` [B, T] with `lengths` [B].
+
+    Positions count real tokens from 0 in every row; they are left out for classes that take none (BLOOM, MPT).
+    """
+    batch, width = ids.shape
+    arguments = {
+        "input_ids": ids,
+        "attention_mask": length_mask(lengths, width).long(),
+        "use_cache": False,
+    }
+    if takes_positions(type(model)):
+        arguments["position_ids"] = torch.arange(width, device=ids.device).expand(batch, width)
+    return arguments
+
+
+@cache
+def takes_positions(model_class: type) -> bool:
+    """Whether the class's forward has a `position_ids` parameter."""
+    return "position_ids" in inspect.signature(model_class.forward).parameters

@@ -1,0 +1,151 @@
+"""From an engine of the plan to a model in memory: a hub id, a directory, an artifact of an earlier stage, or scratch."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.models.scalar import HEAD, ScalarModel, reset_head
+from rlhfdsl.models.scratch import scratch_config
+from rlhfdsl.models.tokenizers import load_tokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# The dropout rates of the families that transformers knows, by configuration attribute.
+_DROPOUT = (
+    "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "summary_first_dropout", "classifier_dropout", "classifier_dropout_prob", "embed_dropout", "resid_dropout",
+    "ffn_dropout", "residual_dropout",
+)  # fmt: skip
+
+
+def load_model(engine: dict, source: str, *, revision: str | None, seed: int) -> nn.Module:
+    """The module that an engine of the plan trains or scores with, on the CPU unless ZeRO 3 partitions it.
+
+    engine: its entry in the plan (head, dtype, attention, dropout, gradient_checkpointing).
+    source: a hub id or a directory in Hugging Face form.
+    seed: fills a scalar head that the source does not have.
+    Returns a causal model of transformers, or a `ScalarModel` for `head = scalar`.
+    Raises UserError when the source holds no decoder that transformers can load.
+    """
+    scalar = engine["head"] == "scalar"
+    automodel = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    options = {"attn_implementation": engine["attention"], "dtype": DTYPES[engine["dtype"]], "revision": revision}
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            for name in _DROPOUT:
+                if isinstance(getattr(config, name, None), float | int):
+                    setattr(config, name, engine["dropout"])
+            if scalar:
+                config.num_labels = 1
+            model, info = automodel.from_pretrained(source, config=config, output_loading_info=True, **options)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                "E0820",
+                f"`{source}` cannot be loaded as a {'reward or value' if scalar else 'causal language'} model",
+                at=engine["base"],
+                help=first_line(error),
+            ) from error
+    missing = sorted(set(info["missing_keys"]) - {HEAD} - set(getattr(model, "_tied_weights_keys", None) or ()))
+    if missing:
+        raise UserError(
+            "E0821",
+            f"the weights of `{source}` lack {len(missing)} tensors of its architecture, `{missing[0]}` among them",
+            at=engine["base"],
+            help="the directory is incomplete or belongs to another architecture",
+        )
+    model.config.use_cache = False
+    if not scalar:
+        if engine["gradient_checkpointing"]:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+    if HEAD in info["missing_keys"]:
+        with gathered([model.score.weight]):
+            reset_head(model.score.weight.data, seed)
+    wrapped = ScalarModel(model)
+    if engine["gradient_checkpointing"]:
+        wrapped.gradient_checkpointing_enable()
+    return wrapped
+
+
+def make_scratch(entry: dict, base: Path, directory: Path, seed: int) -> None:
+    """Write a model from scratch to `directory` in Hugging Face form: fp32 weights, tokenizer and template.
+
+    The weights are drawn once, on one process, and then loaded like any other: built under ZeRO 3 or on another
+    number of ranks they would be drawn differently.
+    """
+    tokenizer = load_tokenizer(entry, base)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config = scratch_config(
+        entry["arch"], pad_id=pad, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.pad_token_id = pad
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def partitioned(deepspeed_config: dict):
+    """While open, models built by `from_pretrained` are partitioned over the ranks if the config is ZeRO 3.
+
+    transformers keeps this switch global to the process: it must be closed before the next model is built, or that
+    one is partitioned too.
+    """
+    if deepspeed_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    switch = HfDeepSpeedConfig(deepspeed_config)
+    try:
+        yield
+    finally:
+        del switch
+        gc.collect()
+        unset_hf_deepspeed_config()
+
+
+def gathered(parameters: list[torch.Tensor]):
+    """A context in which parameters partitioned by ZeRO 3 are whole, and written back from rank 0 after it."""
+    from deepspeed import zero
+
+    if any(hasattr(p, "ds_id") for p in parameters):
+        return zero.GatheredParameters(parameters, modifier_rank=0)
+    return contextlib.nullcontext()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a diagnostic's help."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Parameters of a module, partitioned by ZeRO 3 or not."""
+    return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.parameters())
+
+
+@contextlib.contextmanager
+def _quiet():
+    """transformers announces a new head as a warning and draws progress bars; the plan has said both."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

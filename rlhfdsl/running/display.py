@@ -1,0 +1,138 @@
+"""What a run shows while it goes: live bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+Event = dict[str, Any]
+PLAIN_SECONDS = 5.0  # between two progress lines of a stage when there is no terminal
+
+
+class Display:
+    """Shows the events of a run's stages. Use as a context manager and as the supervisor's `show`."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.printed: dict[str, float] = {}
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=28), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=self.console,
+            )  # fmt: skip
+
+    def __enter__(self) -> Display:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def __call__(self, stage: dict[str, Any], event: Event) -> None:
+        name = stage["address"].removeprefix("stage.")
+        match event["event"]:
+            case "launch":
+                self._say(name, "starting")
+                self._bar(name, stage, 0, "starting")
+            case "start":
+                self._bar(name, stage, 0, "loading")
+            case "update":
+                self._bar(name, stage, event["update"], progress_note(event))
+            case "eval" if len(event) > 4:
+                self._say(name, f"{event['update']}/{event['of']}  held out: {evaluation_note(event)}", force=True)
+            case "invariants":
+                drifts = "  ".join(f"{k.removeprefix('invariant_')} {v:.1e}" for k, v in _numbers(event).items())
+                self._say(name, f"checked before the first update: {drifts}", force=True)
+            case "sample":
+                self._say(name, sample_lines(event), force=True)
+            case "cached":
+                self._say(name, f"cached  {evaluation_note(event)}", force=True)
+            case "done":
+                self._say(name, f"done in {event['seconds']:.0f} s  ->  {stage['output']}", force=True)
+                self._bar(name, stage, _total(stage), "done")
+
+    def _bar(self, name: str, stage: dict[str, Any], done: int, note: str) -> None:
+        if self.progress is None:
+            final = done == _total(stage)
+            if done and note != "done" and (final or time.monotonic() - self.printed.get(name, 0.0) > PLAIN_SECONDS):
+                self.printed[name] = time.monotonic()
+                self._say(name, f"{done}/{_total(stage)}  {note}", force=True)
+            return
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(escape(f"{name:8}"), total=_total(stage), note="")
+        self.progress.update(self.tasks[name], completed=done, note=escape(note))
+
+    def _say(self, name: str, text: str, force: bool = False) -> None:
+        if force or self.progress is None:
+            self.console.print(escape(f"{name:8} {text}"))
+            sys.stdout.flush()
+
+
+def progress_note(event: Event) -> str:
+    """The few numbers of an update that tell how it goes."""
+    if "score" in event:
+        seconds = [event[f"seconds_{phase}"] for phase in ("generate", "score", "train")]
+        shares = "  ".join(
+            f"{phase} {100 * part / sum(seconds):.0f}%"
+            for phase, part in zip(("gen", "score", "train"), seconds, strict=True)
+        )
+        return f"reward {event['score']:+.2f}  kl {event['kl']:.2f}  len {event['length']:.0f}  {shares}"
+    note = f"loss {event['loss']:.3f}"
+    if "accuracy" in event:
+        note += f"  acc {100 * event['accuracy']:.1f}%"
+    return note + f"  {_short(event['tokens_per_second'])} tok/s"
+
+
+def evaluation_note(event: Event) -> str:
+    """A held-out evaluation in words."""
+    words = []
+    for prefix, label in (("", ""), ("ema_", "ema ")):
+        value = {k.removeprefix(prefix): v for k, v in event.items() if k.startswith(prefix + "eval_")}
+        if "eval_accuracy" in value:
+            words.append(f"accuracy {100 * value['eval_accuracy']:.1f}% of {value['eval_pairs']} pairs")
+        elif "eval_perplexity" in value:
+            words.append(f"loss {value['eval_loss']:.3f}  perplexity {value['eval_perplexity']:.2f}")
+        elif "eval_score" in value:
+            text = f"{label}reward {value['eval_score']:+.3f}  kl {value['eval_kl']:.2f} nats"
+            if "eval_gain" in value:
+                text += (
+                    f"  gain {value['eval_gain']:+.2f} of the first policy's deviations"
+                    f"  win rate {100 * value['eval_win_rate']:.0f}%"
+                )
+            words.append(text)
+    return "  ".join(words)
+
+
+def sample_lines(event: Event) -> str:
+    """A prompt with the answers before and after."""
+    return (
+        f"{printable(event['prompt'])}\n"
+        f"           before {event['score_before']:+.2f}  {printable(event['before'])}\n"
+        f"           after  {event['score_after']:+.2f}  {printable(event['after'])}"
+    )
+
+
+def printable(text: str) -> str:
+    """Text from a model or a data file on one line, without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def _numbers(event: Event) -> dict[str, float]:
+    return {key: value for key, value in event.items() if key not in ("event", "time") and value is not None}
+
+
+def _total(stage: dict[str, Any]) -> int:
+    return int(stage["batch"]["rollouts" if stage["kind"] == "ppo" else "updates"])
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.0f}k" if number >= 10_000 else f"{number:.0f}"

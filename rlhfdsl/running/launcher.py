@@ -1,0 +1,83 @@
+"""Starting a stage's worker processes with DeepSpeed's launcher, and ending them."""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+GRACE_SECONDS = 5.0
+
+
+def start(
+    plan: dict[str, Any], plan_path: Path, stage: dict[str, Any], base: Path, log: Path
+) -> subprocess.Popen[bytes]:
+    """Start the ranks of a stage; their output goes to `log`. The launcher ends all of them when one fails."""
+    target = plan["target"]
+    worker = [
+        "--module", "rlhfdsl.running.worker",
+        "--plan", str(plan_path), "--stage", stage["address"], "--base", str(base),
+    ]  # fmt: skip
+    if target["nodes"] > 1:
+        # DeepSpeed's runner reaches the other nodes of its hostfile by ssh.
+        command = [
+            sys.executable, "-m", "deepspeed.launcher.runner",
+            "--num_nodes", str(target["nodes"]), "--num_gpus", str(target["gpus"]), *worker,
+        ]  # fmt: skip
+    else:
+        slots = json.dumps({"localhost": list(range(target["gpus"]))}).encode()
+        command = [
+            sys.executable, "-m", "deepspeed.launcher.launch",
+            f"--world_info={base64.urlsafe_b64encode(slots).decode()}",
+            "--master_addr=127.0.0.1", f"--master_port={_free_port()}", *worker,
+        ]  # fmt: skip
+    environment = os.environ | {
+        "DS_ACCELERATOR": target["device"],
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if target["device"] == "cpu" and target["gpus"] > 1 and "OMP_NUM_THREADS" not in environment:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // target["gpus"]))
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher and all its ranks: a request first, force after `GRACE_SECONDS`."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that no rank outlives a killed run. Elsewhere: nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

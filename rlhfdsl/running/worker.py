@@ -1,0 +1,111 @@
+"""One rank of one stage: joins its ranks, runs the stage of the plan, leaves its files.
+
+Started by DeepSpeed's launcher as `python -m rlhfdsl.running.worker`; it reads the plan and nothing else of the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.running.launcher import die_with_parent
+from rlhfdsl.running.metrics import MetricsWriter
+
+PARTIAL = ".partial"  # the suffix of a stage's folder until the stage is complete
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rlhfdsl.running.worker")
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int, default=0)  # the launcher adds it
+    options = parser.parse_args(arguments)
+    die_with_parent()
+    plan = json.loads(options.plan.read_text(encoding="utf-8"))
+    stage = find_stage(plan, options.stage)
+    try:
+        run_stage(plan, stage, options.base)
+    except Exception as error:
+        traceback.print_exc()
+        _leave_error(Path(stage["output"] + PARTIAL), error)
+        # The other ranks may wait for this one in a collective call: leave without joining them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 0
+
+
+def run_stage(plan: dict[str, Any], stage: dict[str, Any], base: Path) -> dict[str, float]:
+    """Run one stage on this rank, in this process. Writes to the stage's partial folder; returns its evaluation."""
+    import logging
+
+    import torch
+    import transformers
+    from deepspeed.utils import logger
+
+    from rlhfdsl.engines import distributed
+    from rlhfdsl.training import ppo, reward, sft
+    from rlhfdsl.training.context import Context
+
+    logger.setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    device = distributed.join(plan["target"]["device"])
+    directory = Path(stage["output"] + PARTIAL)
+    directory.mkdir(parents=True, exist_ok=True)
+    main_rank = distributed.rank() == 0
+    report = MetricsWriter(directory / "metrics.jsonl") if main_rank else _ignore
+    torch.manual_seed(stage["seed"] + 100_003 * distributed.rank())
+    context = Context(plan, stage, base, directory, device, report)
+    run = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[stage["kind"]]
+    report("start", stage=stage["address"], world=distributed.world(), device=str(device))
+    result = run(context)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    report("end", peak_memory=memory)
+    distributed.barrier()
+    return result
+
+
+def find_stage(plan: dict[str, Any], address: str) -> dict[str, Any]:
+    return next(stage for stage in plan["stages"] if stage["address"] == address)
+
+
+def _leave_error(directory: Path, error: Exception) -> None:
+    """error.json for the supervisor. The first rank to fail writes it; what follows from that failure does not."""
+    path = directory / "error.json"
+    if isinstance(error, UserError):
+        found = {"code": error.code, "message": error.message, "at": error.at, "place": error.place, "help": error.help}
+    elif _out_of_memory(error):
+        found = {
+            "code": "E0790", "at": None, "place": None,
+            "message": "the device ran out of memory: " + str(error).strip().splitlines()[0][:200],
+            "help": "a smaller `micro` in the engine's `parallel`, `gradient_checkpointing = on`, or a higher `zero` stage",
+        }  # fmt: skip
+    else:
+        found = {"code": None, "message": f"{type(error).__name__}: {error}", "at": None, "place": None, "help": None}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(found | {"rank": int(os.environ.get("RANK", 0))}, file)
+    except FileExistsError:
+        pass
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+
+
+def _ignore(event: str, **values: Any) -> None:
+    """The report of every rank but the first."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What a stage is given: its part of the plan, its data and models, and a place to report and write to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rlhfdsl.data.edge import load_edge
+from rlhfdsl.engines import distributed
+from rlhfdsl.engines.engine import Engine
+from rlhfdsl.models.loading import load_model, make_scratch, partitioned
+from rlhfdsl.models.tokenizers import generation_settings, load_tokenizer, stop_ids
+
+AnyEngine = TypeVar("AnyEngine", bound=Engine)
+Report = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stage of the plan on this rank.
+
+    base: the folder that the plan's input paths are relative to.
+    directory: where the stage writes, a folder that becomes the plan's output when the stage is complete.
+    report: called as report(event, **numbers) on every rank; only rank 0's calls are kept.
+    """
+
+    plan: dict[str, Any]
+    stage: dict[str, Any]
+    base: Path
+    directory: Path
+    device: torch.device
+    report: Report
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.stage["settings"]
+
+    @property
+    def seed(self) -> int:
+        return self.stage["seed"]
+
+    @cached_property
+    def model_entry(self) -> dict[str, Any]:
+        """The plan's entry of the model whose tokenizer and template this stage's data is rendered with."""
+        return self.plan["models"][self.stage["edges"]["train"]["model"]]
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.model_entry, self.base)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(stop_ids(self.tokenizer, generation_settings(self.model_entry, self.base)))
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the end of a row. It decides nothing: masks come from lengths."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.stop_ids[0]
+
+    def rows(self, edge: str) -> Sequence[Any]:
+        """The rendered and tokenised rows of an edge (`train`, `eval`, `ptx`); empty when the stage has none."""
+        entry = self.stage["edges"].get(edge)
+        return load_edge(self.plan, entry, self.base, self.tokenizer) if entry else ()
+
+    def shuffles(self, edge: str) -> bool:
+        blend = self.plan["blends"].get(self.stage["edges"][edge]["source"])
+        return blend["shuffle"] if blend else True
+
+    def engine(self, name: str, kind: type[AnyEngine]) -> AnyEngine:
+        """Load the model of an engine of the plan and put it on DeepSpeed."""
+        spec = self.stage["engines"][name]
+        source, revision = self._source(spec["weights"])
+        with partitioned(spec["deepspeed"]):
+            module = load_model(spec, source, revision=revision, seed=self.seed)
+        return kind(name, spec, module)
+
+    def weights_of(self, name: str) -> dict[str, str]:
+        return self.stage["engines"][name]["weights"]
+
+    def artifact(self, name: str) -> Path:
+        """Where to write an artifact of this stage, inside `directory`."""
+        return self.directory / Path(self.stage["artifacts"][name]).name
+
+    def _source(self, weights: dict[str, str]) -> tuple[str, str | None]:
+        if "stage" in weights:
+            maker = next(s for s in self.plan["stages"] if s["address"] == weights["stage"])
+            return maker["artifacts"][weights["artifact"]], None
+        address = weights["model"]
+        entry = self.plan["models"][address]
+        if entry["from"] is None:
+            return str(self._scratch(address, entry)), None
+        if "path" in entry["from"]:
+            return str(self.base / entry["from"]["path"]), None
+        return entry["from"]["hub"], entry["from"]["revision"]
+
+    def _scratch(self, address: str, entry: dict[str, Any]) -> Path:
+        """The directory of a model from scratch, made by the first stage that needs it."""
+        seed = self.plan["recipe"]["seed"]
+        digest = hashlib.sha256(f"{entry['key']} {seed} {address}".encode()).hexdigest()
+        directory = Path(self.plan["recipe"]["output"]) / "models" / f"{address.split('.')[1]}-{digest[:8]}"
+        if distributed.rank() == 0 and not directory.exists():
+            partial = directory.with_suffix(".partial")
+            make_scratch(entry, self.base, partial, int(digest[8:16], 16))
+            partial.rename(directory)
+        distributed.barrier()
+        return directory
+
+
+def micro_batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Slices of at most `size` rows."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -1,0 +1,93 @@
+"""Supervised fine-tuning: next-token loss on the answers, averaged over the tokens of the whole global batch.
+
+Ouyang et al. 2022, step 1. Not here yet: packing several rows into one sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from rlhfdsl.data.collate import Batch, collate
+from rlhfdsl.data.edge import Example
+from rlhfdsl.data.order import batch_rows
+from rlhfdsl.engines import distributed
+from rlhfdsl.engines.artifacts import save_model
+from rlhfdsl.engines.engine import PolicyEngine
+from rlhfdsl.training.context import Context, micro_batches
+from rlhfdsl.training.losses import selected_log_probs, token_mean
+
+
+def run(context: Context) -> dict[str, float]:
+    """Train the policy of an `sft` stage, evaluate it and save it. Returns the final evaluation."""
+    engine = context.engine("policy", PolicyEngine)
+    train, held_out = context.rows("train"), context.rows("eval")
+    updates, batch = context.stage["batch"]["updates"], context.stage["batch"]["batch"]
+    settings = context.settings
+    world, rank = distributed.world(), distributed.rank()
+
+    if held_out:
+        context.report("eval", update=0, of=updates, **evaluate(engine, held_out, context))
+    for update in range(updates):
+        started = time.perf_counter()
+        chosen = batch_rows(len(train), batch, update, context.seed, context.shuffles("train"))
+        mine = [train[i] for i in chosen[rank::world]]
+        tokens = supervised_tokens(mine, engine.device)
+        engine.train()
+        loss = torch.zeros((), device=engine.device)
+        for rows in micro_batches(mine, engine.micro):
+            part = token_loss(engine, collate(rows, context.pad_id).to(engine.device), tokens)
+            engine.backward(part)
+            loss += part.detach()
+        step = engine.step()
+        if (update + 1) % settings["log"] == 0 or update + 1 == updates:
+            seconds = time.perf_counter() - started
+            mean_loss = distributed.all_sum(loss).item() / world
+            context.report(
+                "update", update=update + 1, of=updates, loss=mean_loss, **step,
+                tokens=int(tokens), tokens_per_second=read_tokens(mine) * world / seconds, seconds=seconds,
+            )  # fmt: skip
+        if held_out and settings["eval_every"] and (update + 1) % settings["eval_every"] == 0:
+            context.report("eval", update=update + 1, of=updates, **evaluate(engine, held_out, context))
+
+    result = evaluate(engine, held_out, context) if held_out else {}
+    context.report("eval", update=updates, of=updates, **result)
+    save_model(engine, context.tokenizer, context.artifact("policy"), stop_ids=context.stop_ids)
+    return result
+
+
+def token_loss(engine: PolicyEngine, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+    """This micro batch's part of the global token-mean loss, ready for `backward`."""
+    log_probs = selected_log_probs(engine.logits(batch.ids, batch.lengths)[:, :-1], batch.ids[:, 1:])
+    return token_mean(-log_probs, batch.loss[:, 1:], tokens, distributed.world())
+
+
+def supervised_tokens(rows: Sequence[Example], device: torch.device) -> torch.Tensor:
+    """How many tokens of the global batch carry a loss. The first token of a row has no prediction."""
+    return distributed.all_sum(torch.tensor(float(sum(sum(row.loss[1:]) for row in rows)), device=device))
+
+
+def read_tokens(rows: Sequence[Example]) -> int:
+    """Tokens that a forward pass reads, padding apart."""
+    return sum(len(row.ids) for row in rows)
+
+
+@torch.no_grad()
+def evaluate(engine: PolicyEngine, rows: Sequence[Example], context: Context) -> dict[str, float]:
+    """Mean loss of the supervised tokens of `rows`, and its perplexity."""
+    engine.eval()
+    dealt, own = distributed.my_rows(len(rows))
+    total = torch.zeros(2, device=engine.device, dtype=torch.float64)
+    for start in range(0, len(dealt), engine.micro):
+        numbers = dealt[start : start + engine.micro]
+        batch = collate([rows[i] for i in numbers], context.pad_id).to(engine.device)
+        log_probs = selected_log_probs(engine.logits(batch.ids, batch.lengths)[:, :-1], batch.ids[:, 1:])
+        counted = batch.loss[:, 1:].clone()
+        counted[max(0, own - start) :] = False
+        total += torch.stack([(-log_probs * counted).sum(), counted.sum()]).double()
+    loss, tokens = distributed.all_sum(total).tolist()
+    mean = loss / max(tokens, 1.0)
+    return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)), "eval_rows": len(rows)}

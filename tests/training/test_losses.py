@@ -1,0 +1,113 @@
+"""Losses against numbers worked by hand and slow obvious versions."""
+
+import math
+
+import pytest
+import torch
+
+from rlhfdsl.training import losses
+from rlhfdsl.training.losses import (
+    entropies,
+    kl_estimate,
+    pair_loss,
+    policy_loss,
+    selected_log_probs,
+    token_mean,
+    value_loss,
+)
+
+
+def test_log_probs_of_a_two_word_vocabulary():
+    # softmax([0, ln 3]) = [1/4, 3/4]; at temperature 2 it is [1, sqrt 3] / (1 + sqrt 3).
+    logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]])
+    targets = torch.tensor([[0, 1]])
+    assert selected_log_probs(logits, targets)[0].exp().tolist() == pytest.approx([0.25, 0.75])
+    warm = selected_log_probs(logits, targets, temperature=2.0)[0].exp().tolist()
+    assert warm == pytest.approx([1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3))])
+
+
+def test_log_probs_chunked_equal_whole_with_gradients(monkeypatch):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 7, 11, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (3, 7))
+    weights = torch.randn(3, 7, dtype=torch.float64)
+    reference = torch.zeros(3, 7, dtype=torch.float64)
+    probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    reference = probabilities.gather(2, targets.unsqueeze(2)).squeeze(2).log()
+    (gradient,) = torch.autograd.grad((reference * weights).sum(), logits)
+    monkeypatch.setattr(losses, "_CHUNK", 11 * 4)  # four tokens a chunk; 21 tokens leave a short last one
+    found = selected_log_probs(logits, targets)
+    (found_gradient,) = torch.autograd.grad((found * weights).sum(), logits)
+    torch.testing.assert_close(found.double(), reference, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found_gradient, gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_entropy_of_known_distributions():
+    logits = torch.tensor([[[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]]])
+    assert entropies(logits)[0].tolist() == pytest.approx([math.log(4), 0.0], abs=1e-6)
+
+
+def test_token_mean_over_unequal_micro_batches_is_the_global_mean():
+    # One row with 1 token of loss 4, another with 3 tokens of loss 0: mean 1, not the mean of means 2.
+    first = token_mean(torch.tensor([[4.0, 9.0, 9.0]]), torch.tensor([[True, False, False]]), 4, 1)
+    second = token_mean(torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[True, True, True]]), 4, 1)
+    assert (first + second).item() == 1.0
+
+
+def test_pair_loss_by_hand():
+    # -log sigmoid(0) = ln 2; -log sigmoid(ln 3) = ln(4/3).
+    found = pair_loss(torch.tensor([1.0, math.log(3)]), torch.tensor([1.0, 0.0]))
+    assert found.tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected", "clipped"),
+    [
+        (1.0, 2.0, -2.0, False),
+        (1.5, 2.0, -2.4, True),  # the gain stops at 1.2 x 2
+        (0.5, 2.0, -1.0, False),  # moving away from a good token is not clipped
+        (0.5, -2.0, 1.6, True),  # the gain stops at 0.8 x 2
+        (1.5, -2.0, 3.0, False),
+        (10.0, -2.0, 20.0, False),
+    ],
+)
+def test_policy_loss_by_hand(ratio, advantage, expected, clipped):
+    new = torch.tensor([[math.log(ratio)]])
+    loss, where = policy_loss(new, torch.zeros(1, 1), torch.tensor([[advantage]]), clip=0.2)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert where.item() is clipped
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token():
+    new = torch.tensor([[math.log(10.0), math.log(10.0)]])
+    loss, _ = policy_loss(new, torch.zeros(1, 2), torch.tensor([[-2.0, 2.0]]), clip=0.2, dual_clip=3.0)
+    assert loss[0].tolist() == pytest.approx([6.0, -2.4], rel=1e-6)
+
+
+def test_value_loss_by_hand():
+    # old 1, return 2: value 1.1 is inside the clip; value 3 is cut to 1.2 and the larger error (1) is kept;
+    # value 1.9 errs by 0.1, but the cut value 1.2 errs by 0.8: (0.8)^2 = 0.64.
+    values = torch.tensor([[1.1, 3.0, 1.9]])
+    loss, clipped = value_loss(values, torch.ones(1, 3), torch.full((1, 3), 2.0), clip=0.2)
+    assert loss[0].tolist() == pytest.approx([0.81, 1.0, 0.64], rel=1e-5)
+    assert clipped[0].tolist() == [False, False, True]
+    free, never = value_loss(values, torch.ones(1, 3), torch.full((1, 3), 2.0), clip=None)
+    assert free[0].tolist() == pytest.approx([0.81, 1.0, 0.01], rel=1e-4)
+    assert not never.any()
+
+
+def test_kl_estimators_by_hand():
+    # log p = ln 0.5, log ref = ln 0.25: r = 1/2.
+    policy, ref = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])
+    assert kl_estimate(policy, ref, "k1").item() == pytest.approx(math.log(2))
+    assert kl_estimate(policy, ref, "k2").item() == pytest.approx(math.log(2) ** 2 / 2)
+    assert kl_estimate(policy, ref, "k3").item() == pytest.approx(0.5 - 1 + math.log(2))
+
+
+def test_k1_and_k3_average_to_the_exact_kl():
+    torch.manual_seed(0)
+    p, q = torch.randn(5).softmax(0), torch.randn(5).softmax(0)
+    exact = (p * (p / q).log()).sum().item()
+    for estimator in ("k1", "k3"):
+        mean = (p * kl_estimate(p.log(), q.log(), estimator)).sum().item()
+        assert mean == pytest.approx(exact, rel=1e-5)
