@@ -43,14 +43,20 @@ HUMAN_ASSISTANT = (
     "{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
 )
 
-# Some templates print today's date. A row must render the same on every day, so they are shown this one.
+# Some templates print today's date. A row must render the same on every day, so they are shown this one, by a
+# macro that stands before transformers' own function of that name.
 _TODAY = datetime(2024, 7, 26)
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f" | replace('%{letter}', '{_TODAY.strftime('%' + letter)}')" for letter in "aAbBdjHIMmpSyY")
+    + " -}}{%- endmacro -%}"
+)
 
 _BUFFERS = re.compile(r"(\.attn|\.attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 _SCALAR_HEADS = re.compile(r"^(score|v_head|value_head|classifier|classification_head)\.")
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -77,7 +83,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _byte_alphabet() -> list[str]:
-    """The character by which byte-level tokenizers show each byte: itself where it prints, else one from U+0100 on."""
+    """How byte-level tokenizers show each byte: as itself where it prints, else as one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
@@ -134,17 +140,17 @@ def _read_tokenizer(source: str, options: dict, named: str | None, at: str | Non
 def render(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], *, generation: bool
 ) -> list[str]:
-    """The text of each conversation by the tokenizer's template, with the opening of an answer if `generation`.
+    """The text of each conversation by the template, with the opening of an answer if `generation`.
 
     The text holds BOS where the template writes one, so it is tokenised with `add_special_tokens=False`.
     Raises whatever the template raises (`jinja2.TemplateError` for a conversation that it refuses).
     """
+    template = tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(
         [list(conversation) for conversation in conversations],
+        chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
         tokenize=False,
         add_generation_prompt=generation,
-        strftime_now=_TODAY.strftime,
-        date_string=_TODAY.strftime("%d %b %Y"),
     )
 
 
@@ -156,13 +162,17 @@ def generation_settings(entry: Mapping[str, Any], base: Path, address: str | Non
     if named:
         path = Path(source) / "generation_config.json"
         return _read_json(path, f"{named}/{path.name}", _at(address, "from")) if path.is_file() else {}
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         path = hf_hub_download(source, "generation_config.json", **options)
-    except LocalEntryNotFoundError:
-        return {}  # offline, and the cached model came without one
+    except LocalEntryNotFoundError as error:
+        # Offline. A cached snapshot with weights is whole, so the model has no such file; else nobody knows.
+        config = try_to_load_from_cache(source, "config.json", **options)
+        if isinstance(config, str) and any(Path(config).parent.glob("*.safetensors")):
+            return {}
+        raise _hub_model(source, _at(address, "from"), error) from error
     except EntryNotFoundError:
         return {}
     except Exception as error:
@@ -196,7 +206,7 @@ def digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None) -> dict[str, Any]:
-    """What planning needs to know of a model (MODELFACTS): shape, exact parameters, tokenizer, template, files.
+    """What planning needs of a model (MODELFACTS): shape, exact parameters, tokenizer, template, files.
 
     `parameters` counts the causal model without a scalar head, from the headers of its safetensors files (of
     the hub, when it answers) or from the numbers of a model from scratch; None when nothing tells. Raises
@@ -210,6 +220,7 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
         numbers = {name: arch[name] for name in names}
         shape = catalog.shape(numbers)
         numbers["parameters"] = None if shape is None else catalog.parameters(shape)
+        setting = "vocab"
     else:
         source, options, named = _located(entry["from"], base)
         if named:
@@ -224,7 +235,17 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
             tensors = _hub_headers(source, options)
         numbers = _numbers(config, named or source, _at(address, "from"))
         numbers["parameters"] = _count(tensors, numbers["tied"])
+        setting = "tokenizer" if entry["tokenizer"] else "from"
     tokenizer = load_tokenizer(entry, base, address)
+    ids = max(tokenizer.get_vocab().values()) + 1
+    if numbers["vocab"] is not None and numbers["vocab"] < ids:
+        raise UserError(
+            codes.VOCABULARY,
+            f"the tokenizer has {ids} ids, and the model has {numbers['vocab']}",
+            at=_at(address, setting),
+            place=_named(entry["tokenizer"] or entry["from"]),
+            help=f"vocab = {ids}" if setting == "vocab" else "use the tokenizer that belongs to the weights",
+        )
     if entry["tokenizer"] != "bytes":
         source, _, named = _located(entry["tokenizer"] or entry["from"], base)
         if named:
@@ -236,7 +257,7 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
         "tokenizer": digest(tokenizer),
         "template": _sha256(tokenizer.chat_template.encode()),
         "template_name": "human_assistant" if tokenizer.chat_template == HUMAN_ASSISTANT else "own",
-        "pad_id": pad if pad is not None else 0,
+        "pad_id": pad,
         "stop_ids": stops,
         "pad_is_eos": pad is not None and pad in stops,
         "files": dict(sorted(files.items())),
@@ -383,7 +404,7 @@ def _header(path: Path, place: str, at: str | None) -> dict[str, list[int]]:
 
 
 def _count(headers: Iterable[Mapping[str, Sequence[int]]], tied: bool) -> int | None:
-    """Parameters over all files. Buffers, a scalar head, and an output matrix that is tied are not counted."""
+    """Parameters over all files, without buffers, a scalar head, or an output matrix that is tied."""
     shapes = {name: shape for header in headers for name, shape in header.items()}
     counted = [
         math.prod(shape)
@@ -424,8 +445,8 @@ def _hub_model(source: str, at: str | None, error: Exception) -> UserError:
         f"`{source}` cannot be read from the Hugging Face hub",
         at=at,
         place=source,
-        help=f"{_first_line(error)} Run once with a network (HF_HUB_OFFLINE unset, `hf auth login` for a gated "
-        'model), or download it and name the directory: from = "./…"',
+        help=f"{_first_line(error)} Run once with a network (HF_HUB_OFFLINE unset, `hf auth login` for a "
+        'gated model), or download it and name the directory: from = "./…"',
     )
 
 
@@ -449,8 +470,12 @@ def _read_json(path: Path, place: str, at: str | None) -> dict[str, Any]:
     )
 
 
+def _named(source: Mapping[str, Any] | str) -> str:
+    return source if isinstance(source, str) else source.get("path") or source["hub"]
+
+
 def _located(source: Mapping[str, Any], base: Path) -> tuple[str, dict[str, Any], str | None]:
-    """Where a source is (directory or hub id), the options to load it with, and its name if it is a directory."""
+    """A directory or hub id, the options to load it with, and its name in the recipe if it is a directory."""
     if "path" in source:
         return str(base / source["path"]), {}, source["path"]
     return source["hub"], {"revision": source.get("revision")}, None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+
+import torch
 
 from rlhfdsl.models.loading import load_model, make_scratch, partitioned
 from rlhfdsl.planning import deepspeed_config
@@ -11,6 +14,16 @@ ARCH = {
     "type": "llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocab": 259,
     "context": 128, "tied": True,
 }  # fmt: skip
+
+
+def one_rank() -> torch.device:
+    """Make this process the only rank, on the CPU."""
+    from deepspeed.utils import logger
+
+    from rlhfdsl.engines import distributed
+
+    logger.setLevel(logging.WARNING)
+    return distributed.join("cpu")
 
 
 def model_entry(**changes) -> dict:
@@ -28,13 +41,13 @@ def scratch(directory: Path, seed: int = 1, **changes) -> str:
 
 def spec(
     role: str = "policy", *, trains: bool = True, zero: int = 0, dtype: str = "fp32", micro: int = 4, world: int = 1,
-    lr: float = 1e-3, ema: float | None = None, grad_clip: float = 0.0, weight_decay: float = 0.0,
+    lr: float = 1e-3, ema: float | None = None, grad_clip: float = 0.0, weight_decay: float = 0.0, dropout: float = 0.0,
 ) -> dict:  # fmt: skip
     """An ENGINE entry of the plan."""
     optimizer = {"lr": lr, "betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": weight_decay}
     return {
         "role": role, "trains": trains, "weights": {"model": "model.small"}, "base": "model.small",
-        "head": "none" if role in ("policy", "ref") else "scalar", "dtype": dtype, "attention": "sdpa", "dropout": 0.0,
+        "head": "none" if role in ("policy", "ref") else "scalar", "dtype": dtype, "attention": "sdpa", "dropout": dropout,
         "gradient_checkpointing": False, "zero": zero, "offload": "off", "micro": micro, "accumulation": 1, "ema": ema,
         "schedule": {"kind": "constant", "lr": lr, "warmup": 0, "updates": 10} if trains else None,
         "deepspeed": deepspeed_config.config(

@@ -1,0 +1,78 @@
+"""What the commands share: a recipe or its diagnostics, colours, and the messages of a UserError."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError, load, render
+from rlhfdsl.language.source import SourceFile
+
+OK, ERROR, USAGE, BUG = 0, 1, 2, 3
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """`-p NAME=VALUE` and `--set PATH=VALUE`, as every command that reads a recipe takes them."""
+    parser.add_argument(
+        "-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="give a parameter"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="sets",
+        help="set a value of the recipe",
+    )
+
+
+def compile_recipe(path: str | Path, args: argparse.Namespace) -> Compilation:
+    """Load a recipe with the options of `add_recipe_options`; exit 2 when a -p is not NAME=VALUE."""
+    params: dict[str, str] = {}
+    for text in args.param:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            fail(f"-p takes NAME=VALUE, for example -p seed=7; `{text}` is not")
+        params[name] = value
+    return load(path, sets=args.sets, params=params)
+
+
+def load_recipe(path: str | Path, args: argparse.Namespace) -> Recipe:
+    """The recipe of a file; warnings and errors go to stderr, and with an error the command exits 1."""
+    compilation = compile_recipe(path, args)
+    show(compilation.diagnostics, compilation.sources)
+    if compilation.recipe is None:
+        raise SystemExit(ERROR)
+    return compilation.recipe
+
+
+def show(diagnostics: Sequence[Diagnostic], sources: Mapping[str, SourceFile]) -> None:
+    """Diagnostics to stderr, with windows of the sources (`recipe.sources` for those about a recipe)."""
+    if diagnostics:
+        print(render(diagnostics, sources, use_colour(sys.stderr)), file=sys.stderr)
+
+
+def show_user_error(error: UserError, recipe: Recipe | None = None) -> int:
+    """A UserError to stderr, with a window when the recipe is given; returns the exit code 1."""
+    show([error.diagnostic(recipe)], recipe.sources if recipe is not None else {})
+    return ERROR
+
+
+def say(text: str) -> None:
+    """A line about what goes on, to stderr: stdout is for what was asked."""
+    print(text, file=sys.stderr)
+
+
+def use_colour(stream: TextIO) -> bool:
+    """Colour on a terminal, unless NO_COLOR or TERM=dumb forbids it."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def fail(message: str) -> NoReturn:
+    """A usage error: one line to stderr, exit 2."""
+    say(f"rlhf: {message}")
+    raise SystemExit(USAGE)

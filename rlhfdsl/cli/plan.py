@@ -1,0 +1,59 @@
+"""`rlhf plan`: what a run would do, before anything is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rlhfdsl.cli.common import ERROR, OK, fail
+from rlhfdsl.cli.planned import add_plan_options, make_plan
+from rlhfdsl.language import as_json
+
+HELP = "what a run would do: stages, updates, memory, data and files"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a recipe")
+    add_plan_options(parser)
+    parser.add_argument(
+        "--no-lock", action="store_true", help="neither read nor write rlhf.lock: what needs it stays unknown"
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    parser.add_argument(
+        "-o", dest="output", type=Path, metavar="FILE", help="save the plan; `rlhf run` takes it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    planned = make_plan(args, use_lock=not args.no_lock)
+    if planned.plan is None and args.format == "json":
+        print(json.dumps(as_json(planned.diagnostics, planned.compilation.sources), indent=1))
+        return ERROR
+    planned.show()
+    if planned.plan is None:
+        return ERROR
+    text = to_json(planned.plan)
+    if args.output is not None:
+        from rlhfdsl.planning.validate import validate_plan
+
+        validate_plan(planned.plan)
+        try:
+            args.output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            fail(f"{args.output}: {error.strerror}")
+    if args.format == "json":
+        sys.stdout.write(text)
+    else:
+        from rlhfdsl.planning.render import render
+
+        sys.stdout.write(render(planned.plan))
+        if args.output is not None:
+            print(f"Saved; run exactly this with: rlhf run {args.output}")
+    return OK
+
+
+def to_json(plan: dict[str, object]) -> str:
+    """The plan's one text as JSON: equal plans have equal bytes."""
+    return json.dumps(plan, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,148 @@
+"""From a recipe file to its plan, with the lock kept: what `plan`, `lock` and `run` share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhfdsl.cli.common import ERROR, add_recipe_options, compile_recipe, fail, say, show
+from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
+from rlhfdsl.planning import checks, compile, hardware, lock
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Planned:
+    """A recipe as far as it could be planned: `plan` is None when `diagnostics` hold an error.
+
+    made: addresses whose facts were made now. stale: files that changed since their facts were made.
+    missing: addresses without facts, when none were to be made.
+    """
+
+    compilation: Compilation
+    plan: Json | None
+    diagnostics: tuple[Diagnostic, ...]
+    made: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def show(self) -> None:
+        """The diagnostics to stderr."""
+        show(self.diagnostics, self.compilation.sources)
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that plans a recipe: its parameters, overrides and target."""
+    add_recipe_options(parser)
+    target = parser.add_argument_group("target", "default: the recipe's cluster, else what this machine has")
+    target.add_argument("--gpu", metavar="NAME", help=f"{', '.join(hardware.catalog())}, or cpu")
+    target.add_argument("--gpus", type=_count, metavar="N", help="GPUs (on a CPU: processes) of each node")
+    target.add_argument("--nodes", type=_count, metavar="N", help="nodes")
+
+
+def plan_recipe(args: argparse.Namespace) -> tuple[Recipe, Json]:
+    """`args.file` and its plan with every fact known; diagnostics go to stderr, and with an error it exits
+    1."""
+    planned = make_plan(args)
+    planned.show()
+    if planned.plan is None or planned.compilation.recipe is None:
+        raise SystemExit(ERROR)
+    return planned.compilation.recipe, planned.plan
+
+
+def make_plan(args: argparse.Namespace, *, use_lock: bool = True, make_facts: bool = True) -> Planned:
+    """Compile `args.file` for its target.
+
+    use_lock: read rlhf.lock beside the recipe. make_facts: make what it lacks or what is stale, and write it.
+    """
+    compilation = compile_recipe(str(args.file), args)
+    recipe = compilation.recipe
+    if recipe is None:
+        return Planned(compilation, None, compilation.diagnostics)
+    target = target_of(recipe, args)
+    if isinstance(target, Diagnostic):
+        return Planned(compilation, None, (*compilation.diagnostics, target))
+    bare, found = compile(recipe, lock.empty(), target)
+    out = Planned(compilation, bare, (*compilation.diagnostics, *found))
+    if bare is None or not use_lock:
+        return out
+    path = recipe.path.parent / lock.NAME
+    try:
+        locked = lock.read(path)
+    except UserError as error:
+        out.plan, out.diagnostics = None, (*compilation.diagnostics, error.diagnostic(None))
+        return out
+    # Stale facts go before they are planned with: what they say may be wrong by now.
+    out.stale = lock.drop_stale(locked, bare, path.parent)
+    plan, found = compile(recipe, locked, target)
+    out.plan, out.diagnostics = plan, (*compilation.diagnostics, *found)
+    if plan is None:
+        return out
+    edges, models = lock.missing(plan)
+    out.missing = [address for address, _ in (*models, *edges)]
+    if not out.missing or not make_facts:
+        return out
+    try:
+        out.made = _make(plan, locked, path)
+    except UserError as error:
+        out.plan, out.diagnostics = None, (*out.diagnostics, error.diagnostic(recipe))
+        return out
+    out.missing = []
+    plan, found = compile(recipe, locked, target)
+    out.plan, out.diagnostics = plan, (*compilation.diagnostics, *found)
+    return out
+
+
+def target_of(recipe: Recipe, args: argparse.Namespace) -> hardware.Target | Diagnostic:
+    """The target by flags, cluster and machine. A GPU that the catalog does not list exits 2 as a flag, and
+    is a diagnostic in a recipe."""
+    cluster = next(iter(recipe.of_kind("cluster")), None)
+    if args.gpu is not None and not hardware.known(args.gpu):
+        fail(f"`{args.gpu}` is not in the catalog of GPUs: {', '.join(hardware.catalog())}, cpu")
+    written = None
+    if cluster is not None:
+        if args.gpu is None and cluster["gpu"] is not None and not hardware.known(cluster["gpu"]):
+            return checks.unknown_gpu(recipe, cluster["gpu"], f"{cluster.address}.gpu")
+        written = {"address": cluster.address} | {key: cluster[key] for key in ("gpu", "gpus", "nodes")}
+    flags = {key: getattr(args, key) for key in ("gpu", "gpus", "nodes")}
+    asks = flags["gpu"] is None and (written is None or written["gpu"] is None)
+    return hardware.resolve(flags, written, hardware.detect() if asks else hardware.CPU)
+
+
+def _make(plan: Json, locked: Json, path: Path) -> list[str]:
+    """Make the facts that a plan lacks and write the lock; what was made before a mistake is kept."""
+    from rlhfdsl.data.facts import edge_facts
+    from rlhfdsl.models.tokenizers import model_facts
+
+    base = path.parent
+    edges, models = lock.missing(plan)
+    made = []
+    try:
+        for address, entry in models:
+            _tell(address)
+            locked["models"][entry["key"]] = model_facts(entry, base, address)
+            made.append(address)
+        for address, edge in edges:
+            _tell(address)
+            locked["edges"][edge["key"]] = edge_facts(plan, edge, base)
+            made.append(address)
+    finally:
+        if made:
+            lock.write(path, locked)
+    return made
+
+
+def _tell(address: str) -> None:
+    if sys.stderr.isatty():
+        say(f"reading {address}")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("takes a number from 1")
+    return value

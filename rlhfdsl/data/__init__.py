@@ -1,0 +1,1 @@
+"""From files and hub data sets to rendered, tokenised and blended rows, with the facts that a plan needs."""

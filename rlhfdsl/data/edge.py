@@ -1,0 +1,260 @@
+"""A data edge of the plan as rows that a stage can train on or generate from."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from rlhfdsl.data import codes, sources
+from rlhfdsl.data.blends import Pool, mix, part_of
+from rlhfdsl.data.formats import READS, Row, parse
+from rlhfdsl.data.render import DROPPED, Item, Renderer
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.models.tokenizers import generation_settings, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Rows that are rendered and tokenised in one call.
+_CHUNK = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence. `loss[t]` says that token t is a target; the first token never is."""
+
+    ids: list[int]
+    loss: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A better and a worse answer to one prompt, each as the whole sequence with the prompt in front."""
+
+    chosen: Example
+    rejected: Example
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt with the opening of the answer. `key` is the hash of its turns, the same in every run."""
+
+    ids: list[int]
+    text: str
+    key: str
+
+
+@dataclass(slots=True)
+class Store:
+    """The tokenised rows of one source, packed: 5 bytes for each token where lists would take 40."""
+
+    sequences: int  # of each row: 2 for pairs
+    name: str
+    rows: int = 0
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROPPED, 0))
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    loss: bytearray = field(default_factory=bytearray)
+    ends: array[int] = field(default_factory=lambda: array("q", [0]))
+    truncated: bytearray = field(default_factory=bytearray)
+    texts: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    pool: Pool = field(default_factory=Pool)
+
+    def add(self, row: Row, item: Item) -> None:
+        tokens = 0
+        for ids, loss in item.sequences:
+            self.ids.extend(ids)
+            self.loss.extend(loss)
+            self.ends.append(len(self.ids))
+            tokens += len(ids)
+        self.truncated.append(item.truncated)
+        self.texts.append(item.text)
+        self.keys.append(row.key)
+        self.pool.tokens.append(tokens)
+        self.pool.ranks.append(row.rank)
+
+    def example(self, row: int, which: int = 0) -> Example:
+        n = row * self.sequences + which
+        start, end = self.ends[n], self.ends[n + 1]
+        return Example(self.ids[start:end].tolist(), list(map(bool, self.loss[start:end])))
+
+    def lengths(self, row: int) -> list[int]:
+        first = row * self.sequences
+        return [self.ends[n + 1] - self.ends[n] for n in range(first, first + self.sequences)]
+
+
+class Rows(Sequence[Any]):
+    """The rows of one epoch of an edge, not shuffled: `Example`, `Pair` or `Prompt` by what it reads."""
+
+    def __init__(
+        self,
+        read: str,
+        stores: Mapping[str, Store],
+        picks: Sequence[tuple[str, int]],
+        tokenizer: PreTrainedTokenizerBase,
+        entries: Sequence[Mapping[str, Any]],
+        base: Path,
+    ) -> None:
+        self.read = read
+        self.stores = stores
+        self.picks = picks
+        self.tokenizer = tokenizer
+        self._entries = entries
+        self._base = base
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        source, row = self.picks[index]
+        store = self.stores[source]
+        if self.read == "preference":
+            return Pair(store.example(row, 0), store.example(row, 1))
+        example = store.example(row)
+        return Prompt(example.ids, store.texts[row], store.keys[row]) if self.read == "prompt" else example
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """EDGEFACTS of the lock. The first call reads the local files once more, for their hashes."""
+        from rlhfdsl.data.facts import describe  # it imports this module
+
+        files = {}
+        for entry in self._entries:
+            files |= sources.files(entry, self._base)
+        return describe(self, files)
+
+
+def load_edge(
+    plan: Mapping[str, Any], edge: Mapping[str, Any], base: Path, tokenizer: PreTrainedTokenizerBase
+) -> Rows:
+    """Read, split, render, tokenise and blend what an edge of the plan names.
+
+    base: the folder that paths of the plan's inputs are relative to. tokenizer: of the edge's model, by
+    `load_tokenizer`, with its template.
+    Raises UserError for data that cannot be read as the edge reads it, and when no row is left.
+    """
+    entry = plan["models"][edge["model"]]
+    renderer = Renderer(
+        model=edge["model"],
+        tokenizer=tokenizer,
+        stops=tuple(stop_ids(tokenizer, generation_settings(entry, base, edge["model"]))),
+        length=edge["length"],
+        overlong=edge["overlong"],
+        loss="all" if edge["read"] == "text" else edge["loss"],
+    )
+    blend = plan["blends"].get(edge["source"])
+    shares = {edge["source"]: 1.0}
+    if blend is not None:
+        overrides = blend["mix"]
+        shares = overrides.get(edge["part"]) or overrides[""]
+    shares = {address: share for address, share in sorted(shares.items()) if share > 0}
+    split = blend["split"] if blend is not None else None
+    stores = {
+        address: _read(plan["data"][address], address, edge, split, base, renderer) for address in shares
+    }
+    _check(edge, stores)
+    if len(stores) == 1:
+        ((address, store),) = stores.items()
+        picks = [(address, row) for row in range(len(store.keys))]
+    else:
+        pools = {address: store.pool for address, store in stores.items()}
+        picks = mix(pools, shares, blend["by"], blend["until"])
+    if not picks:
+        raise _nothing(edge, stores, codes.NOTHING_LEFT, "the shares leave no whole row")
+    entries = [plan["data"][address] for address in stores]
+    return Rows(edge["read"], stores, picks, tokenizer, entries, base)
+
+
+def _read(
+    entry: Mapping[str, Any],
+    address: str,
+    edge: Mapping[str, Any],
+    split: Mapping[str, float] | None,
+    base: Path,
+    renderer: Renderer,
+) -> Store:
+    """The tokenised rows of one source that are in the edge's part."""
+    if edge["read"] not in _reads(entry["format"], renderer.loss):
+        takes = ", ".join(kind for kind, reads in READS.items() if edge["read"] in reads)
+        raise UserError(
+            codes.UNREADABLE_FORMAT,
+            f"`{address}` has the format {entry['format']}, which is not read as {edge['read']}",
+            at=f"{address}.format",
+            place=sources.name_of(entry),
+            help=f"this stage reads the formats {takes}"
+            + ("; text is for loss = all" if entry["format"] == "text" else ""),
+        )
+    store = Store(2 if edge["read"] == "preference" else 1, sources.name_of(entry))
+    rows = parse(sources.open_source(address, entry, base), entry)
+    if split is not None:
+        rows = (row for row in rows if part_of(row.key, split) == edge["part"])
+    for chunk in _chunks(rows):
+        store.rows += len(chunk)
+        for row, item in zip(chunk, _items(chunk, entry["format"], edge["read"], renderer), strict=True):
+            if isinstance(item, str):
+                store.dropped[item] += 1
+            else:
+                store.add(row, item)
+    return store
+
+
+def _reads(format: str, loss: str | None) -> tuple[str, ...]:
+    """What can be read from a format. Plain text is a conversation when every token is learned."""
+    return (*READS[format], "chat") if format == "text" and loss == "all" else READS[format]
+
+
+def _items(rows: Sequence[Row], format: str, read: str, renderer: Renderer) -> list[Item | str]:
+    if read == "preference":
+        return renderer.pairs(rows)
+    if read == "prompt":
+        return renderer.prompts(rows)
+    if format == "text":
+        return renderer.plain(rows)
+    return renderer.chats(rows, every_turn=format == "chat")
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while chunk := list(islice(rows, _CHUNK)):
+        yield chunk
+
+
+def _check(edge: Mapping[str, Any], stores: Mapping[str, Store]) -> None:
+    """Every source must have a row left: a share of nothing cannot be kept."""
+    for store in stores.values():
+        if not store.keys:
+            several = len(stores) > 1
+            code = codes.EMPTY_SHARE if several else codes.NOTHING_LEFT
+            why = f"`{store.name}` has a share and nothing to give" if several else "no row is left"
+            raise _nothing(edge, {store.name: store}, code, why)
+
+
+def _nothing(edge: Mapping[str, Any], stores: Mapping[str, Store], code: str, why: str) -> UserError:
+    rows = sum(store.rows for store in stores.values())
+    dropped = {reason: sum(store.dropped[reason] for store in stores.values()) for reason in DROPPED}
+    counts = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in dropped.items() if n)
+    part = f", part {edge['part']}" if edge["part"] else ""
+    worst = max(dropped, key=lambda reason: dropped[reason])
+    if not rows:
+        help = "give the part a larger share, or the source more rows"
+    elif worst == "too_long" or (worst == "no_answer" and dropped[worst]):
+        help = f"raise the length of {edge['length']} tokens"
+    else:
+        help = "look at the rows: prompts and answers must say something, and a pair's answers must differ"
+    return UserError(
+        code,
+        f"{edge['source']}{part}: {why}; of {rows} rows, dropped: {counts or 'none'}",
+        at=edge["source"],
+        place=", ".join(store.name for store in stores.values()),
+        help=help,
+    )

@@ -1,0 +1,25 @@
+"""The recipe language: text to a checked recipe. README.md tells the order of the passes."""
+
+from rlhfdsl.language.compile import Compilation, load
+from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Label, Span, UserError
+from rlhfdsl.language.recipe import Block, Origin, Recipe, Reference, Setting, Source
+from rlhfdsl.language.render import as_json, render
+
+__all__ = [
+    "Block",
+    "Compilation",
+    "Diagnostic",
+    "Edit",
+    "Fix",
+    "Label",
+    "Origin",
+    "Recipe",
+    "Reference",
+    "Setting",
+    "Source",
+    "Span",
+    "UserError",
+    "as_json",
+    "load",
+    "render",
+]

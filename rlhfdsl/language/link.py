@@ -1,0 +1,203 @@
+"""References to blocks: that they exist, fit, and make no circle; the order of the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlhfdsl.language import schema
+from rlhfdsl.language.check import takes
+from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Label, Span
+from rlhfdsl.language.recipe import Block, Reference, Setting
+from rlhfdsl.language.suggest import listed, nearest
+
+
+def references(block: Block) -> Iterator[tuple[Block, str, Setting, Reference]]:
+    """Every reference in a block and its inner blocks: (inner block, attribute, setting, reference)."""
+    for name, setting in block.settings.items():
+        if isinstance(setting.value, Reference):
+            yield block, name, setting, setting.value
+    for inner in block.blocks.values():
+        yield from references(inner)
+
+
+def link(blocks: Mapping[str, Block], complete: bool, problems: list[Diagnostic]) -> dict[str, Block]:
+    """The blocks with every reference resolved: a blend without a part named gets the stage's own."""
+    linker = _Linker(blocks, complete, problems)
+    return {address: linker.resolve(block, block) for address, block in blocks.items()}
+
+
+def order(blocks: Mapping[str, Block], problems: list[Diagnostic]) -> tuple[Block, ...]:
+    """The stages, each after those that it needs, otherwise in the file's order; a circle is reported."""
+    stages = {address: block for address, block in blocks.items() if block.kind == "stage"}
+    done: dict[str, Block] = {}
+    open_: list[str] = []
+
+    def visit(address: str) -> bool:
+        if address in done:
+            return True
+        if address in open_:
+            circle = [*open_[open_.index(address) :], address]
+            edge = next(s for _, _, s, ref in references(stages[circle[-2]]) if ref.address == address)
+            message = f"stages need each other: {' -> '.join(circle)}"
+            problems.append(Diagnostic("E0203", "error", message, edge.span, "this closes the circle"))
+            return False
+        open_.append(address)
+        for _, _, _, reference in references(stages[address]):
+            if reference.address in stages and not visit(reference.address):
+                return False
+        open_.pop()
+        done[address] = stages[address]
+        return True
+
+    for address in stages:
+        if not visit(address):
+            break
+    return tuple(done.values())
+
+
+def unreached(blocks: Mapping[str, Block]) -> list[Diagnostic]:
+    """A warning for each block that no stage reaches."""
+    reached: set[str] = set()
+    todo = [block for block in blocks.values() if block.kind == "stage"]
+    while todo:
+        block = todo.pop()
+        names = {reference.address for _, _, _, reference in references(block)}
+        names |= {
+            f"data.{source}"
+            for key, mix in block.blocks.items()
+            if mix.kind == "mix"
+            for source in mix.settings
+        }
+        for address in sorted(names - reached):
+            reached.add(address)
+            if address in blocks:
+                todo.append(blocks[address])
+    return [
+        Diagnostic(
+            "W0201", "warning", f"no stage reaches `{address}`", block.span, help="delete it, or use it"
+        )
+        for address, block in blocks.items()
+        if block.kind not in ("recipe", "cluster", "stage") and address not in reached
+    ]
+
+
+class _Linker:
+    def __init__(self, blocks: Mapping[str, Block], complete: bool, problems: list[Diagnostic]) -> None:
+        self.blocks = blocks
+        self.complete = complete
+        self.problems = problems
+
+    def report(self, code: str, message: str, span: Span | None, **more: Any) -> None:
+        self.problems.append(Diagnostic(code, "error", message, span, **more))
+
+    def resolve(self, block: Block, top: Block) -> Block:
+        settings = {
+            name: replace(setting, value=self.reference(block, name, setting, setting.value, top))
+            if isinstance(setting.value, Reference)
+            else setting
+            for name, setting in block.settings.items()
+        }
+        inner = {key: self.resolve(value, top) for key, value in block.blocks.items()}
+        return replace(block, settings=settings, blocks=inner)
+
+    def reference(
+        self, block: Block, name: str, setting: Setting, reference: Reference, top: Block
+    ) -> Reference:
+        attr = schema.definition(block.type).attributes[name]
+        uses = [use for alternative in attr.alternatives for use in alternative.get("x-reference", ())]
+        target = self.blocks.get(reference.address)
+        if target is None:
+            self.unknown(reference, setting, uses)
+            return reference
+        if target.kind == "blend" and "split" in target.blocks and reference.facet is None:
+            reference = Reference(reference.address, top.type.removeprefix("stage."))
+        if not self.facet(reference, setting, target):
+            return reference
+        made = _made(target, reference.facet)
+        if made not in uses:
+            expected = takes(uses)
+            what = {"policy": "a policy", "reward": "a reward model", "rows": "data"}.get(
+                made, f"a `{made}` block"
+            )
+            places = (Label(target.span, f"`{reference}` is {what}"),) if target.span is not None else ()
+            message = f"`{block.address}.{name}` takes {expected}, and `{reference}` is {what}"
+            help = self.help_for(uses, target)
+            self.report("E0204", message, setting.span, label=f"this is {what}", secondary=places, help=help)
+        return reference
+
+    def help_for(self, uses: list[str], target: Block) -> str | None:
+        if "reward" in uses and target.kind == "model":
+            return "write `head = scalar` if its weights hold a reward model, or refer to a reward stage"
+        fitting = self.fitting(uses)
+        return f"for example {listed(fitting[:3])}" if fitting else None
+
+    def fitting(self, uses: list[str]) -> list[str]:
+        return [address for address, block in self.blocks.items() if _made(block, None) in uses]
+
+    def unknown(self, reference: Reference, setting: Setting, uses: list[str]) -> None:
+        if not self.complete:
+            return
+        fitting = self.fitting(uses)
+        same = [
+            address for address in self.blocks if address.split(".")[1:] == reference.address.split(".")[1:]
+        ]
+        near = nearest(reference.address, self.blocks) or [address for address in same if address in fitting]
+        fixes: tuple[Fix, ...] = ()
+        if near:
+            help = f"did you mean {listed(near)}?"
+            facet = f".{reference.facet}" if reference.facet else ""
+            if setting.span is not None:
+                fixes = (Fix(f"write `{near[0]}{facet}`", (Edit(setting.span, near[0] + facet),)),)
+        else:
+            help = f"there is {listed(fitting[:5])}" if fitting else "no block of that kind is in the recipe"
+        message = f"there is no block `{reference.address}`"
+        self.report("E0201", message, setting.span, help=help, fixes=fixes)
+
+    def facet(self, reference: Reference, setting: Setting, target: Block) -> bool:
+        """Whether the block has what the reference names behind its address."""
+        facet = reference.facet
+        places = (Label(target.span, f"`{target.address}`"),) if target.span is not None else ()
+        if target.kind == "blend":
+            split = target.blocks.get("split")
+            parts = list(split.settings) if split is not None else []
+            if facet is None or facet in parts:
+                return True
+            if not self.complete:
+                return False
+            near = nearest(facet, parts)
+            help = f"did you mean {listed(near)}?" if near else f"its parts: {', '.join(parts)}"
+            if not parts:
+                help = "it has no `split`, so it is read whole: write its address alone"
+            own = setting.value.facet is None
+            message = f"`{target.address}` has no part `{facet}`" + (
+                ", which is the part that this stage reads when none is named" if own else ""
+            )
+            self.report("E0603", message, setting.span, secondary=places, help=help)
+            return False
+        facets = {"stage.ppo": ["ema", "critic"]}.get(target.type, [])
+        if facet is None:
+            return True
+        if facet not in facets:
+            has = f"it has: {', '.join(facets)}" if facets else f"write `{target.address}`"
+            message = f"`{target.address}` has no `{facet}`"
+            self.report("E0202", message, setting.span, secondary=places, help=has)
+            return False
+        actor = target.blocks.get("actor")
+        if facet == "ema" and actor is not None and actor["ema"] is None:
+            help = "write for example `ema = 0.992` in its actor"
+            self.report(
+                "E0202", f"`{target.address}` keeps no `ema`", setting.span, secondary=places, help=help
+            )
+            return False
+        return True
+
+
+def _made(block: Block, facet: str | None) -> str:
+    """What a reference to a block gives: policy, reward, rows or parallel; else the block's kind."""
+    if block.kind == "model":
+        return "reward" if block["head"] == "scalar" else "policy"
+    if block.kind == "stage":
+        return "reward" if block.type == "stage.reward" or facet == "critic" else "policy"
+    return "rows" if block.kind in ("data", "blend") else block.kind

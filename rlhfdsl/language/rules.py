@@ -1,0 +1,178 @@
+"""What the table cannot say: rules over several attributes or blocks, each a function of the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from rlhfdsl.language.diagnostics import Diagnostic, Label, Span
+from rlhfdsl.language.recipe import Block, Reference, Source
+from rlhfdsl.language.suggest import either, listed, nearest
+
+# What each stage reads of a row, by the format of its source.
+_READS = {
+    "sft": ("chat", "preference", "text"),
+    "reward": ("preference",),
+    "ppo": ("preference", "chat", "prompt"),
+    "ptx": ("text", "chat", "preference"),
+}
+_COLUMNS = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "chat": ("messages",),
+    "prompt": ("prompt",),
+    "text": ("text",),
+}
+
+Blocks = Mapping[str, Block]
+Found = Iterator[Diagnostic]
+
+
+def _error(code: str, message: str, span: Span | None, help: str | None, *labels: Label) -> Diagnostic:
+    return Diagnostic(code, "error", message, span, secondary=labels, help=help)
+
+
+def sums(blocks: Blocks) -> Found:
+    """The shares of a mix and of a split make 100 %."""
+    for blend in blocks.values():
+        for inner in blend.blocks.values():
+            if inner.kind not in ("mix", "split") or not inner.settings:
+                continue
+            shares = [setting.value for setting in inner.settings.values()]
+            if not all(isinstance(share, float) for share in shares):
+                continue
+            total = sum(shares)
+            if abs(total - 1) > 1e-9:
+                message = f"the shares of `{inner.address}` sum to {total * 100:g} %, not to 100 %"
+                parts = " + ".join(f"{share * 100:g}" for share in shares)
+                off = "missing" if total < 1 else "too much"
+                left = f"{parts} = {total * 100:g}; {abs(1 - total) * 100:g} % {off}"
+                yield _error("E0601", message, inner.span, left)
+
+
+def mixes(blocks: Blocks) -> Found:
+    """A mix names data blocks, and parts that its blend has."""
+    known = [address.removeprefix("data.") for address, block in blocks.items() if block.kind == "data"]
+    for blend in blocks.values():
+        for mix in (inner for inner in blend.blocks.values() if inner.kind == "mix"):
+            for name, setting in mix.settings.items():
+                if name not in known:
+                    near = nearest(name, known)
+                    help = (
+                        f"did you mean {listed(near)}?"
+                        if near
+                        else f"data blocks: {', '.join(known) or 'none'}"
+                    )
+                    message = f"`{mix.address}` names `{name}`, and there is no `data {name}`"
+                    yield _error("E0602", message, setting.name, help)
+            if mix.name is None:
+                continue
+            split = blend.blocks.get("split")
+            parts = list(split.settings) if split is not None else []
+            if mix.name not in parts:
+                near = nearest(mix.name, parts)
+                help = f"did you mean {listed(near)}?" if near else f"its parts: {', '.join(parts) or 'none'}"
+                yield _error("E0604", f"`{blend.address}` has no part `{mix.name}`", mix.span, help)
+
+
+def formats(blocks: Blocks) -> Found:
+    """A stage can read every source of the rows that it is given."""
+    for stage in (block for block in blocks.values() if block.kind == "stage"):
+        kind = stage.type.removeprefix("stage.")
+        places = [(stage, "data", kind), (stage, "eval", kind)]
+        if "ptx" in stage.blocks:
+            places.append((stage.blocks["ptx"], "data", "ptx"))
+        for block, name, reader in places:
+            reference = block[name]
+            if not isinstance(reference, Reference):
+                continue
+            for source in _sources(blocks, reference):
+                form, span = source["format"], block.setting(name).span
+                where = source.setting("format").span or source.span
+                label = (Label(where, f"`{source.address}` is {form}"),) if where is not None else ()
+                if isinstance(form, str) and form not in _READS[reader]:
+                    readable = either(_READS[reader])
+                    message = f"`{block.address}` reads {readable}, and `{source.address}` is {form}"
+                    yield _error("E0605", message, span, f"refer to data of format {readable}", *label)
+                elif form == "text" and reader == "sft" and stage["loss"] == "answer":
+                    message = f"plain text has no answers to learn, and `{source.address}` is text"
+                    yield _error("E0605", message, span, "write `loss = all`", *label)
+
+
+def evals(blocks: Blocks) -> Found:
+    """A stage does not evaluate on what it trains on; an interval of evaluation needs rows to evaluate on."""
+    for stage in (block for block in blocks.values() if block.kind == "stage"):
+        data, on = stage["data"], stage["eval"]
+        if isinstance(on, Reference) and on == data:
+            message = f"`{stage.address}` would evaluate on the rows that it trains on"
+            help = "name another part, for example `eval = blend.NAME.eval`"
+            first = stage.setting("data").span
+            labels = (Label(first, "trains on them here"),) if first is not None else ()
+            yield _error("E0606", message, stage.setting("eval").span, help, *labels)
+        every = stage.blocks["every"]
+        if on is None and every.written("eval") and every["eval"] is not None:
+            message = "an interval of evaluation has no effect without rows to evaluate on"
+            yield _error(
+                "E0311", message, every.setting("eval").name, "write `eval = …` in the stage, or delete it"
+            )
+
+
+def models(blocks: Blocks) -> Found:
+    """The numbers of a model made from scratch divide each other; its tokenizer comes from somewhere."""
+    for model in (block for block in blocks.values() if block.kind == "model"):
+        for whole, part in (("hidden", "heads"), ("heads", "kv_heads")):
+            a, b = model[whole], model[part]
+            if isinstance(a, int) and isinstance(b, int) and b > 0 and a % b:
+                message = f"`{part}` ({b}) must divide `{whole}` ({a}) in `{model.address}`"
+                help = f"divisors of {a} near {b}: {_divisors(a, b)}"
+                yield _error("E0316", message, model.setting(part).span or model.span, help)
+        if model["tokenizer"] == "from" and model.written("tokenizer") and model.written("arch"):
+            message = "a model made from scratch has no weights to take the tokenizer from"
+            yield _error(
+                "E0311", message, model.setting("tokenizer").span, "write `tokenizer = bytes`, or a hub id"
+            )
+
+
+def revisions(blocks: Blocks) -> Found:
+    """A revision belongs to a hub id."""
+    for block in blocks.values():
+        if block.kind in ("model", "data") and block.written("revision"):
+            source = block["from"]
+            if isinstance(source, Source) and source.kind == "path":
+                message = "a `revision` has no effect beside a path"
+                yield _error("E0311", message, block.setting("revision").name, "delete it")
+
+
+def columns(blocks: Blocks) -> Found:
+    """Turns and columns mean something in the format of their data."""
+    for data in (block for block in blocks.values() if block.kind == "data"):
+        form = data["format"]
+        if form == "text" and data["turns"] == "hh":
+            message = "`turns` has no effect on plain text"
+            yield _error("E0311", message, data.setting("turns").name, "delete it")
+        if form not in _COLUMNS:
+            continue
+        for role, setting in data.blocks["columns"].settings.items():
+            if role not in _COLUMNS[form]:
+                near = nearest(role, _COLUMNS[form])
+                help = f"did you mean {listed(near)}?" if near else f"roles: {', '.join(_COLUMNS[form])}"
+                message = f"`{role}` plays no role in rows of format {form}"
+                yield _error("E0607", message, setting.name, help)
+
+
+RULES: tuple[Callable[[Blocks], Found], ...] = (sums, mixes, formats, evals, models, revisions, columns)
+
+
+def _sources(blocks: Blocks, reference: Reference) -> list[Block]:
+    """The data blocks behind a reference: itself, or those of a blend's mix (a part's own first)."""
+    target = blocks.get(reference.address)
+    if target is None or target.kind == "data":
+        return [target] if target is not None else []
+    if target.kind != "blend":
+        return []
+    mix = target.blocks.get(f"mix.{reference.facet}") or target.blocks.get("mix")
+    names = list(mix.settings) if mix is not None else []
+    return [blocks[f"data.{name}"] for name in names if f"data.{name}" in blocks]
+
+
+def _divisors(number: int, near: int) -> str:
+    divisors = [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
+    return ", ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - near))[:3]))

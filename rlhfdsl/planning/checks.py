@@ -1,0 +1,294 @@
+"""What planning refuses or warns of. Each check is a plain function: it looks at numbers and reports, or does
+not.
+
+A message names the numbers and where they came from, points at the setting that decides, and offers the
+nearest value that works. CODES lists every code of this part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rlhfdsl.language.diagnostics import Diagnostic
+from rlhfdsl.language.recipe import Block, Recipe
+from rlhfdsl.planning import fit as fitting
+from rlhfdsl.planning.batches import Misfit, nearest_divisor
+from rlhfdsl.planning.entries import Model
+from rlhfdsl.planning.fit import Fit, Rollout
+from rlhfdsl.planning.hardware import Target, catalog
+from rlhfdsl.planning.memory import USABLE
+from rlhfdsl.planning.problems import Problems
+
+if TYPE_CHECKING:
+    from rlhfdsl.planning.stages import Part
+
+CODES = {
+    "E0701": "a batch does not split evenly over the GPUs",
+    "E0702": "a micro batch does not divide the sequences of a GPU",
+    "E0703": "the sequences of a rollout do not split into minibatches",
+    "E0704": "a stage makes no update",
+    "E0705": "a warm-up is as long as the run or longer",
+    "E0706": "a sequence is longer than the model's context",
+    "E0707": "two models of a stage have different tokenizers",
+    "E0708": "two models of a stage have different chat templates",
+    "E0709": "the numbers of a model from scratch do not fit each other",
+    "E0710": "the device cannot compute in the model's type",
+    "E0711": "ZeRO and offload settings exclude each other or the device",
+    "E0712": "a stage does not fit in the memory of a GPU",
+    "E0713": "a part that a stage reads has no rows",
+    "E0714": "the GPU is not in the catalog",
+    "E0720": "a saved plan or a lock file cannot be used",
+    "W0701": "a large share of the rows is in no batch",
+    "W0702": "an interval is longer than the run",
+    "W0703": "a warm-up rounds to no update",
+}
+TAIL_SHARE = 0.25
+
+
+def unknown_gpu(recipe: Recipe, name: str, at: str) -> Diagnostic:
+    """What to say of a GPU that the catalog does not list."""
+    problems = Problems(recipe)
+    listed = ", ".join((*catalog(), "cpu"))
+    problems.report("E0714", f"`{name}` is not in the catalog of GPUs", at, help=f"one of {listed}")
+    return problems.found[0]
+
+
+def engine(problems: Problems, where: Target, model: Model, part: Part) -> None:
+    """Type, ZeRO stage and offload of one engine against each other and the device."""
+    at, dtype = f"{model.address}.dtype", model.dtype
+    if dtype == "fp16" and where.device == "cpu":
+        problems.report(
+            "E0710", "a CPU does not train in fp16", at, notes=[f"the target is cpu ({where.origin})"],
+            help="dtype = bf16 or fp32",
+        )  # fmt: skip
+    if dtype == "bf16" and not where.has_bf16:
+        problems.report("E0710", f"{where.gpu} does not compute in bf16", at, help="dtype = fp16 or fp32")
+    group = part.group
+    parallel = group["parallel"] if group is not None else None
+    if parallel is None or not part.trains:
+        return
+    block = problems.recipe.blocks[parallel.address]
+    zero, offload = block["zero"], block["offload"] or "off"
+    user = [(f"{part.at}.parallel", f"the {part.name} is in {dtype}")]
+    if zero == 0 and dtype != "fp32":
+        problems.report(
+            "E0711", f"ZeRO 0 cannot sum the gradients of {dtype} weights in fp32", f"{block.address}.zero",
+            also=user, help="zero = 1, which on one GPU is the same with fp32 sums",
+        )  # fmt: skip
+    if offload == "off":
+        return
+    if where.device == "cpu":
+        problems.report(
+            "E0711", "offload has no effect on a CPU", f"{block.address}.offload",
+            notes=[f"the target is cpu ({where.origin})"], help="leave offload out",
+        )  # fmt: skip
+    elif offload in ("params", "both") and zero not in ("auto", 3):
+        problems.report(
+            "E0711", f"offload = {offload} needs ZeRO 3, and zero is {zero}", f"{block.address}.offload",
+            also=[(f"{block.address}.zero", f"stage {zero} keeps the parameters whole")], help="zero = 3",
+        )  # fmt: skip
+    elif offload == "optimizer" and zero == 0:
+        problems.report(
+            "E0711", "offload = optimizer needs ZeRO 1, 2 or 3, and zero is 0", f"{block.address}.offload",
+            also=[(f"{block.address}.zero", "stage 0")], help="zero = 2",
+        )  # fmt: skip
+
+
+def context(problems: Problems, model: Model, length: int, at: str, words: str) -> None:
+    """A sequence longer than the positions of a model; `words` say where its length comes from."""
+    if model.shape is None or length <= model.shape.context:
+        return
+    limit = model.shape.context
+    problems.report(
+        "E0706", f"{words} exceed the {limit} positions of `{model.address}`", at,
+        also=[
+            (f"{model.address}.{name}", f"{limit} positions") for name in ("context", "from")
+            if _written(problems, model.address, name)
+        ],
+        help=f"at most {limit} tokens in all",
+    )  # fmt: skip
+
+
+def same_tokens(problems: Problems, actor: Model, other: Model, actor_at: str, part: Part) -> None:
+    """Tokenizer and template of another model of the stage against the actor's, by their locked digests."""
+    at = f"{part.at}.model"
+    mine, theirs = actor.entry, other.entry
+    if mine["facts"] is not None and theirs["facts"] is not None:
+        for name, code, word in (("tokenizer", "E0707", "tokenizer"), ("template", "E0708", "chat template")):
+            if mine["facts"][name] != theirs["facts"][name]:
+                problems.report(
+                    code, f"the {part.name}'s {word} is not the actor's", at,
+                    label=f"{other.address}: {_short(theirs['facts'][name])}",
+                    also=[(actor_at, f"{actor.address}: {_short(mine['facts'][name])}")],
+                    help=_agree(name),
+                )  # fmt: skip
+                return
+    elif "bytes" in (mine["tokenizer"], theirs["tokenizer"]) and mine["tokenizer"] != theirs["tokenizer"]:
+        problems.report(
+            "E0707", f"the {part.name}'s tokenizer is not the actor's", at,
+            label=f"{other.address}: {_tokenizer(theirs)}",
+            also=[(actor_at, f"{actor.address}: {_tokenizer(mine)}")], help=_agree("tokenizer"),
+        )  # fmt: skip
+
+
+def _agree(name: str) -> str:
+    if name == "template":
+        return "template = human_assistant in both models gives both the built-in one"
+    return "every model of a stage reads the same token ids: take models of one family"
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _tokenizer(entry: Mapping[str, Any]) -> str:
+    return "the byte tokenizer" if entry["tokenizer"] == "bytes" else "its own tokenizer"
+
+
+def parts_have_rows(problems: Problems, at: str, edges: Mapping[str, Any]) -> None:
+    """Edges whose locked facts count no usable row."""
+    for name, edge in edges.items():
+        if edge is None or edge["facts"] is None or edge["facts"]["used"]:
+            continue
+        facts = edge["facts"]
+        what = edge["source"] + (f".{edge['part']}" if edge["part"] else "")
+        dropped = {why: count for why, count in facts["dropped"].items() if count}
+        lost = [f"{count} dropped: {why.replace('_', ' ')}" for why, count in dropped.items()]
+        setting = {"train": "data", "ptx": "ptx.data"}.get(name, name)
+        problems.report(
+            "E0713", f"`{what}` has no rows for {at}", f"{at}.{setting}",
+            notes=[f"{facts['rows']} rows in the part", *lost],
+            help="a larger share of the split, or another source",
+        )  # fmt: skip
+
+
+def does_not_split(problems: Problems, where: Target, at: str, name: str, misfit: Misfit, item: str) -> None:
+    """A batch that is no multiple of the world size."""
+    also = []
+    if where.origin.startswith("cluster."):
+        also.append((f"{where.origin}.gpus", f"{where.gpus} on each of {where.nodes}"))
+    problems.report(
+        "E0701", f"{name} = {misfit.total} {item} do not split over {misfit.divisor} {where.devices}", at,
+        label=_remainder(misfit.total, misfit.divisor),
+        also=also, notes=[f"{where.world} = {where.nodes} x {where.gpus} ({where.origin})"],
+        help=f"{name} = {misfit.nearest}",
+    )  # fmt: skip
+
+
+def micro(problems: Problems, at: str, part: Part, written: int) -> None:
+    """A written micro batch that does not divide what one GPU gets."""
+    problems.report(
+        "E0702", f"micro = {written} does not divide the {part.per_rank} of {part.at} on each GPU", at,
+        label=_remainder(part.per_rank, written),
+        also=[(f"{part.at}.parallel", f"the {part.name} uses it here")],
+        help=f"micro = {nearest_divisor(part.per_rank, written)}, or leave it to be derived",
+    )  # fmt: skip
+
+
+def minibatches(problems: Problems, at: str, prompts: int, answers: int, minibatch: int) -> int | None:
+    """Minibatches of a rollout, or None and a report when they do not come out even."""
+    sequences = prompts * answers
+    if sequences % minibatch == 0:
+        return sequences // minibatch
+    problems.report(
+        "E0703", f"{sequences} sequences of a rollout do not split into minibatches of {minibatch}",
+        f"{at}.update.minibatch", label=_remainder(sequences, minibatch),
+        also=[(f"{at}.rollout.batch", f"{prompts} prompts x {answers} answers")],
+        help=f"minibatch = {nearest_divisor(sequences, minibatch)}",
+    )  # fmt: skip
+    return None
+
+
+def has_updates(problems: Problems, at: str, per_epoch: int, rows: int, batch: int, item: str) -> None:
+    """A part with fewer rows than one batch."""
+    if per_epoch or not rows:
+        return
+    problems.report(
+        "E0704", f"{rows} {item} do not fill one batch of {batch}, so the stage would make no update", at,
+        help=f"a batch of at most {rows}, or more data",
+    )  # fmt: skip
+
+
+def critic_warmup(problems: Problems, at: str, late: int, rollouts: int | None) -> None:
+    """A critic warm-up that leaves the actor no rollout."""
+    if late and rollouts is not None and late >= rollouts:
+        problems.report(
+            "E0704",
+            f"the critic alone learns for {late} rollouts of {rollouts}, so the actor would make no update",
+            at, help=f"warmup_rollouts = {max(0, rollouts - 1)} or less",
+        )  # fmt: skip
+
+
+def tail(problems: Problems, at: str, dropped: int, rows: int, batch: int, item: str) -> None:
+    """A warning when much of the data is in the tail that no batch reads."""
+    if rows > batch and dropped > TAIL_SHARE * rows:
+        problems.report(
+            "W0701", f"{dropped} of {rows} {item} are in no batch", at,
+            notes=[_remainder(rows, batch)], help="a smaller batch uses more of them",
+        )  # fmt: skip
+
+
+def schedule(problems: Problems, at: str, written: int | float, plan: Mapping[str, Any]) -> None:
+    """A warm-up against the length of its run."""
+    updates, warmup = plan["updates"], plan["warmup"]
+    if not updates or warmup is None:
+        return
+    if warmup >= updates:
+        problems.report(
+            "E0705", f"a warm-up of {warmup} updates never reaches lr in a run of {updates}", f"{at}.warmup",
+            help=f"warmup = {max(0, updates // 10)}, or a ratio such as 3%",
+        )  # fmt: skip
+    elif written and not warmup:
+        problems.report(
+            "W0703", f"a warm-up of {written:.2%} of {updates} updates rounds to none".replace(".00%", "%"),
+            f"{at}.warmup", help="give it as a count of updates",
+        )  # fmt: skip
+
+
+def interval(problems: Problems, block: Block, total: int | None, unit: str) -> None:
+    """Intervals of `every` that end after the run does."""
+    every = block.blocks["every"]
+    for name in ("eval", "samples"):
+        value = every[name] if name in every.settings else None
+        if value is not None and total and value > total:
+            problems.report(
+                "W0702", f"every.{name} = {value} {unit} is longer than the run of {total}",
+                f"{block.address}.every.{name}",
+            )  # fmt: skip
+
+
+def memory(problems: Problems, where: Target, at: str, placed: Fit, rollout: Rollout | None) -> None:
+    """A stage that is predicted to need more than a GPU has."""
+    if placed.fits is not False or placed.total is None or where.memory is None:
+        return
+    lines = [
+        f"{p.need.name}: {_gib(p.states.total)} of model states at ZeRO {p.zero}, "
+        f"{_gib(p.working or 0)} for a micro batch of {p.micro}"
+        for p in placed.engines
+        if p.states is not None
+    ]
+    if placed.cache is not None:
+        lines.append(f"rollout: {_gib(placed.cache)} of KV cache, {placed.generate} at once")
+    way = fitting.alternatives([p.need for p in placed.engines], rollout, where)
+    usable = _gib(int(where.memory * USABLE))
+    problems.report(
+        "E0712",
+        f"{at} needs {_gib(placed.total)} of each {where.gpu or 'GPU'}, of whose {_gib(where.memory)} a plan "
+        f"may fill {usable}",
+        at, notes=lines,
+        help=f"`{way}` fits" if way else "nothing here fits: more or larger GPUs, or a smaller model",
+    )  # fmt: skip
+
+
+def _written(problems: Problems, address: str, name: str) -> bool:
+    block = problems.recipe.find(address)
+    return block is not None and block.written(name)
+
+
+def _remainder(total: int, divisor: int) -> str:
+    return f"{total} = {divisor} x {total // divisor} + {total % divisor}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

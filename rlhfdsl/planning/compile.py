@@ -1,0 +1,122 @@
+"""Recipe, lock and target to plan: pure, so that equal inputs give equal bytes.
+
+target     the devices are given; nothing is asked of the machine
+models     every model that a stage goes back to, with its numbers
+stages     in the order in which they run (stages.py)
+data       every source and blend that an edge of a stage names
+origins    where each value of every block reached came from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlhfdsl.language.diagnostics import Diagnostic
+from rlhfdsl.language.recipe import Block, Recipe, Reference
+from rlhfdsl.planning import entries, stages
+from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.problems import Problems
+
+FORMAT_VERSION = "1.0"
+
+
+def compile(
+    recipe: Recipe, lock: Mapping[str, Any], target: Target
+) -> tuple[dict[str, Any] | None, tuple[Diagnostic, ...]]:
+    """The plan (None when there is an error) and what there is to say about it.
+
+    lock: as `planning.lock.read` gives it; facts that it lacks are null in the plan, and what needs them too.
+    """
+    problems = Problems(recipe)
+    reached = _reached(recipe, target)
+    longest = _longest(recipe)
+    models = {
+        block.address: entries.model(block, longest.get(block.address, 0), lock, problems)
+        for block in recipe.of_kind("model")
+        if block.address in reached
+    }
+    scope = stages.Scope(recipe, lock, target, problems, models)
+    output = recipe.block["output"]
+    planned = []
+    for block in recipe.stages:
+        make = stages.ppo if block.type == "stage.ppo" else stages.supervised
+        planned.append(make(scope, block, f"{output}/{block.address.removeprefix('stage.')}"))
+    if problems.failed:
+        return None, tuple(problems.found)
+    return {
+        "format_version": FORMAT_VERSION,
+        "generator": f"rlhfdsl {_version()}",
+        "recipe": {
+            "name": recipe.name, "file": recipe.path.name, "language": recipe.block["language"],
+            "seed": recipe.block["seed"], "output": output,
+        },
+        "target": target.as_dict(),
+        "models": {address: model.entry for address, model in models.items()},
+        "data": {b.address: entries.data(b) for b in recipe.of_kind("data") if b.address in reached},
+        "blends": {b.address: entries.blend(b) for b in recipe.of_kind("blend") if b.address in reached},
+        "stages": planned,
+        "origins": _origins(recipe, reached),
+    }, tuple(problems.found)  # fmt: skip
+
+
+def _version() -> str:
+    from rlhfdsl import __version__
+
+    return __version__
+
+
+def _walk(block: Block) -> Iterator[Block]:
+    yield block
+    for inner in block.blocks.values():
+        yield from _walk(inner)
+
+
+def _reached(recipe: Recipe, target: Target) -> set[str]:
+    """The top-level blocks that a stage leads to, and the cluster that the target came from."""
+    found = {target.origin} & recipe.blocks.keys()
+    waiting = list(recipe.stages)
+    while waiting:
+        block = waiting.pop()
+        if block.address in found:
+            continue
+        found.add(block.address)
+        for inner in _walk(block):
+            named = [s.value.address for s in inner.settings.values() if isinstance(s.value, Reference)]
+            if inner.type.startswith("blend.mix"):
+                named += [f"data.{name}" for name in inner.settings]
+            waiting += [recipe.blocks[address] for address in named]
+    return found
+
+
+def _longest(recipe: Recipe) -> dict[str, int]:
+    """The longest sequence that a stage gives to each model block."""
+    out: dict[str, int] = {}
+    for block in recipe.stages:
+        users = [block]
+        if block.type == "stage.ppo":
+            rollout = block.blocks["rollout"]
+            length = rollout["prompt"] + rollout["answer"]
+            users = [block.blocks[n] for n in ("actor", "critic", "ref", "reward") if n in block.blocks]
+        else:
+            length = block["length"]
+        for user in users:
+            if user["model"] is not None:
+                base = stages.base_of(recipe, user["model"])
+                out[base] = max(out.get(base, 0), length)
+    return out
+
+
+def _origins(recipe: Recipe, reached: set[str]) -> dict[str, Any]:
+    """`stage.sft.lr` -> layer, place and text as written, for every value of the recipe and of the blocks
+    reached."""
+    blocks = [recipe.block, *(block for address, block in recipe.blocks.items() if address in reached)]
+    return {
+        f"{inner.address}.{name}": {
+            "layer": setting.origin.layer, "where": setting.origin.where or None, "text": setting.origin.text,
+        }
+        for block in blocks
+        for inner in _walk(block)
+        for name, setting in inner.settings.items()
+        if setting.value is not None or setting.origin.layer != "default"
+    }  # fmt: skip

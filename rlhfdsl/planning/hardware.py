@@ -1,0 +1,112 @@
+"""What a plan is made for: devices, their number and memory, from flags, the recipe's cluster, or the
+machine.
+
+The catalog (`gpus.json`) gives memory as `nvidia-smi` reports it (MiB), dense 16-bit rates (TFLOP/s, without
+sparsity) and memory bandwidth (GB/s) from the vendors' data sheets. Detection asks `nvidia-smi` and never
+imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The devices of a plan. `gpus` counts those of one node; `memory` is bytes of one device, None on a
+    CPU."""
+
+    device: str  # "cpu" | "cuda"
+    gpu: str | None
+    memory: int | None
+    nodes: int
+    gpus: int
+    origin: str  # "--gpu", "cluster.node" or "detected"
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus
+
+    @property
+    def has_bf16(self) -> bool:
+        """False only for a catalog GPU that computes in no bf16; unknown devices are taken to have it."""
+        entry = catalog().get(self.gpu or "")
+        return entry is None or entry["bf16_tflops"] is not None
+
+    @property
+    def devices(self) -> str:
+        """The word for its workers: GPU or GPUs, process or processes."""
+        one, many = ("process", "processes") if self.device == "cpu" else ("GPU", "GPUs")
+        return one if self.world == 1 else many
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device, "gpu": self.gpu, "memory": self.memory, "nodes": self.nodes,
+            "gpus": self.gpus, "world": self.world, "origin": self.origin,
+        }  # fmt: skip
+
+
+@cache
+def catalog() -> dict[str, dict[str, Any]]:
+    """GPU name -> memory_mib, bf16_tflops, fp16_tflops, bandwidth_gb, names (as the driver reports them)."""
+    return dict(json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8")))
+
+
+def known(name: str) -> bool:
+    """Whether `name` is a GPU of the catalog, or `cpu`."""
+    return name == "cpu" or name in catalog()
+
+
+def detect() -> Target:
+    """The GPUs of this machine by `nvidia-smi`; the CPU without the program or without a GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return CPU
+    command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return CPU
+    return parse_smi(done.stdout)
+
+
+CPU = Target("cpu", None, None, 1, 1, "detected")
+
+
+def parse_smi(text: str) -> Target:
+    """`name, MiB` lines of nvidia-smi as a Target; the first line names the kind, by the catalog where
+    listed."""
+    rows = [line.rsplit(",", 1) for line in text.splitlines() if "," in line]
+    if not rows:
+        return CPU
+    name, mib = rows[0][0].strip(), int(rows[0][1])
+    listed = next((key for key, entry in catalog().items() if name in entry["names"]), None)
+    return Target("cuda", listed or name, mib * MIB, 1, len(rows), "detected")
+
+
+def resolve(flags: Mapping[str, Any], cluster: Mapping[str, Any] | None, machine: Target) -> Target:
+    """The target of a plan: each of gpu, gpus and nodes from the flags, else the cluster, else the machine.
+
+    flags, cluster: {"gpu", "gpus", "nodes"}, None where not given; a cluster also has "address". Raises
+    KeyError for a GPU name that the catalog does not list.
+    """
+    given = [f"--{key}" for key in ("gpu", "gpus", "nodes") if flags.get(key) is not None]
+    cluster = cluster or {}
+    gpu = flags.get("gpu") or cluster.get("gpu")
+    origin = given[0] if given else cluster.get("address", "detected")
+    gpus = flags.get("gpus") or cluster.get("gpus")
+    nodes = flags.get("nodes") or cluster.get("nodes") or 1
+    if gpu is None:
+        return Target(machine.device, machine.gpu, machine.memory, nodes, gpus or machine.gpus, origin)
+    if gpu == "cpu":
+        return Target("cpu", None, None, nodes, gpus or 1, origin)
+    return Target("cuda", gpu, catalog()[gpu]["memory_mib"] * MIB, nodes, gpus or 1, origin)

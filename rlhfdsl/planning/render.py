@@ -1,0 +1,251 @@
+"""The text of a plan, made from its JSON and nothing else, so that what is printed is what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import dropwhile
+from typing import Any
+
+Json = dict[str, Any]
+LATER = "(known after lock)"
+WIDTH = 110
+SAMPLE_LINES = 12
+
+
+def render(plan: Json) -> str:
+    """A plan (of plan.schema.json) as plain text: header, stages, engines, batches, data, writes."""
+    parts = [_header(plan), _overview(plan), *(_stage(plan, stage) for stage in plan["stages"])]
+    parts.append([f"{_count(len(plan['stages']), 'stage')}. Nothing was run or changed."])
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def _header(plan: Json) -> list[str]:
+    recipe, target = plan["recipe"], plan["target"]
+    keys = {e["key"]: e["facts"] for s in plan["stages"] for e in s["edges"].values() if e is not None}
+    keys |= {m["key"]: m["facts"] for m in plan["models"].values()}
+    known = sum(facts is not None for facts in keys.values())
+    lock = f"{known} of {len(keys)} inputs known"
+    if known == len(keys):
+        lock = f"complete ({_count(known, 'input')})"
+    device = target["gpu"] or target["device"]
+    origin = "detected" if target["origin"] == "detected" else f"by {target['origin']}"
+    size = f"{_count(target['nodes'], 'node')} x {target['gpus']} {device}"
+    if target["memory"] is not None:
+        size += f", {_gib(target['memory'])} GiB each"
+    return [
+        f"recipe  {recipe['name']}   seed {recipe['seed']}   lock {lock}",
+        f"target  {size} ({origin})",
+    ]
+
+
+def _overview(plan: Json) -> list[str]:
+    rows = []
+    for stage in plan["stages"]:
+        batch = stage["batch"]
+        if stage["kind"] == "ppo":
+            what = f"{_number(batch['rollouts'])} rollouts of {_number(batch['prompts'])} prompts"
+            what += f", {_number(batch['updates'])} updates"
+        else:
+            item = "pairs" if stage["kind"] == "reward" else "sequences"
+            what = f"{_number(batch['updates'])} updates of {_number(batch['batch'])} {item}"
+        rows.append(["  +", stage["address"], what, "from " + ", ".join(stage["needs"])])
+    return _table(rows)
+
+
+def _stage(plan: Json, stage: Json) -> list[str]:
+    lines = [stage["address"], *_engines(stage), *_memory(plan, stage), *_batch(stage)]
+    for name, edge in stage["edges"].items():
+        if edge is not None:
+            lines += _edge(name, edge)
+    lines += _writes(stage)
+    return lines
+
+
+def _engines(stage: Json) -> list[str]:
+    engines, memory = stage["engines"], stage["memory"]["engines"]
+    rows: list[list[str]] = [["", *engines]]
+    rows.append(["  model", *(_weights(engine) for engine in engines.values())])
+    rows.append(["  parameters", *(_parameters(memory[name]["parameters"]) for name in engines)])
+    rows.append(["  type", *(engine["dtype"] for engine in engines.values())])
+    rows.append(["  ZeRO / offload", *(f"{e['zero']} / {_offload(e['offload'])}" for e in engines.values())])
+    rows.append(["  micro x accum", *(f"{e['micro']} x {e['accumulation']}" for e in engines.values())])
+    rows.append(
+        ["  checkpointing", *("on" if e["gradient_checkpointing"] else "off" for e in engines.values())]
+    )
+    rows.append(["  learning rate", *(_schedule(engine["schedule"]) for engine in engines.values())])
+    rows.append(["  GiB: states", *(_gib(memory[name]["total"]) for name in engines)])
+    rows.append(["       working set", *(_gib(memory[name]["working"]) for name in engines)])
+    if any(memory[name]["host"] for name in engines):
+        rows.append(["       on the host", *(_gib(memory[name]["host"]) for name in engines)])
+    return _table(rows)
+
+
+def _memory(plan: Json, stage: Json) -> list[str]:
+    memory, lines = stage["memory"], []
+    if memory["generate"] is not None:
+        rows = stage["batch"]["generate_per_rank"]
+        cache = _gib(memory["generate"])
+        lines.append(f"  generate  {rows} sequences at once on each device, {cache} GiB of cache")
+    if memory["total"] is None:
+        return [*lines, f"  peak      {LATER}"]
+    peak = f"  peak      {_gib(memory['total'])} GiB"
+    if memory["available"] is not None:
+        peak += f" of {_gib(memory['available'])} on each {plan['target']['gpu'] or 'GPU'}"
+        peak += "  ok" if memory["fits"] else "  does not fit"
+    return [*lines, peak + " (estimate)"]
+
+
+def _batch(stage: Json) -> list[str]:
+    batch = stage["batch"]
+    world = batch["world"]
+    if stage["kind"] == "ppo":
+        actor = stage["engines"]["actor"]
+        train = batch["minibatch"] // world
+        lines = [
+            f"  batch     {_number(batch['prompts'])} prompts x {_count(batch['answers'], 'answer')} = "
+            f"{world} x {batch['per_rank']};  {_count(batch['minibatches'], 'minibatch')} of "
+            f"{batch['minibatch']} = {world} x micro {actor['micro']} x accum {train // actor['micro']}",
+            f"  length    {_number(batch['rollouts'])} rollouts x {batch['updates_per_rollout']} updates = "
+            f"{_number(batch['updates'])};  {_rows(batch, 'prompts')}",
+        ]
+        if batch["ptx"] is not None:
+            ptx = batch["ptx"]
+            each = f"{world} x {ptx['per_rank']}"
+            lines.append(f"  ptx       {ptx['batch']} sequences = {each}, micro {ptx['micro']}")
+        return lines
+    item = "pairs" if stage["kind"] == "reward" else "sequences"
+    return [
+        f"  batch     {_number(batch['batch'])} {item} = {world} x micro {batch['micro']} x accum "
+        f"{batch['accumulation']}",
+        f"  length    {_number(batch['updates'])} updates;  {_rows(batch, item)}",
+    ]
+
+
+def _rows(batch: Json, item: str) -> str:
+    if batch["rows"] is None:
+        return f"{item} {LATER}"
+    if batch["dropped_tail"]:
+        return f"{_number(batch['rows'])} {item}, of which {_number(batch['dropped_tail'])} in no batch"
+    return f"{_number(batch['rows'])} {item}"
+
+
+def _edge(name: str, edge: Json) -> list[str]:
+    source = edge["source"] + (f".{edge['part']}" if edge["part"] else "")
+    head = f"  {name:<9} {source} as {edge['read']}, {edge['overlong']} at {edge['length']} tokens"
+    facts = edge["facts"]
+    if facts is None:
+        return [f"{head}: {LATER}"]
+    dropped = {why: count for why, count in facts["dropped"].items() if count}
+    lost = ", ".join(f"{_number(count)} {why.replace('_', ' ')}" for why, count in dropped.items())
+    spread = facts["lengths"]
+    lines = [
+        f"{head}: {_number(facts['used'])} used of {_number(facts['rows'])} rows",
+        f"            {_number(facts['tokens'])} tokens, median {_number(spread['p50'])}, 90 % under "
+        f"{_number(spread['p90'])}, longest {_number(spread['max'])}; {_number(facts['truncated'])} cut; "
+        f"dropped: {lost or 'none'}",
+    ]
+    if len(facts["sources"]) > 1:
+        shares = [
+            f"{path} {_number(rows['used'])} of {_number(rows['rows'])}"
+            for path, rows in facts["sources"].items()
+        ]
+        lines.append(f"            {'; '.join(shares)}")
+    return lines + _sample(facts["sample"])
+
+
+def _sample(segments: Sequence[Json]) -> list[str]:
+    """One rendered sample; `>` marks lines whose text carries a loss. A second answer has a line of its
+    own."""
+    lines: list[tuple[bool, str]] = [(False, "")]
+    answered = False
+    for segment in segments:
+        for number, piece in enumerate(segment["text"].split("\n")):
+            if number or (answered and segment["loss"]):
+                lines.append((False, ""))
+                answered = False
+            lines[-1] = (lines[-1][0] or (segment["loss"] and bool(piece)), lines[-1][1] + piece)
+        answered = segment["loss"]
+    lines = list(dropwhile(lambda line: not line[1].strip(), lines))
+    shown = lines[:SAMPLE_LINES]
+    out = [f"            {'>' if loss else '|'} {_clip(text.strip())}".rstrip() for loss, text in shown]
+    if len(lines) > len(shown):
+        out.append(f"            | ({_count(len(lines) - len(shown), 'more line')})")
+    return out
+
+
+def _clip(text: str) -> str:
+    room = WIDTH - 14
+    printable = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return printable if len(printable) <= room else printable[: room - 3] + "..."
+
+
+def _writes(stage: Json) -> list[str]:
+    return [
+        f"  {'' if number else 'writes':<9} {made['path']}  {_size(made['bytes'])}"
+        for number, made in enumerate(stage["writes"])
+    ]
+
+
+def _weights(engine: Json) -> str:
+    weights = engine["weights"]
+    if "model" in weights:
+        return str(weights["model"])
+    named = weights["artifact"] in ("ema", "critic")
+    return f"{weights['stage']}.{weights['artifact']}" if named else str(weights["stage"])
+
+
+def _schedule(schedule: Json | None) -> str:
+    if schedule is None:
+        return "-"
+    warm = f", warm-up {_number(schedule['warmup'])}" if schedule["warmup"] != 0 else ""
+    rate = f"{schedule['lr']:e}"
+    digits, _, power = rate.partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)} {schedule['kind']}{warm}"
+
+
+def _parameters(count: int | None) -> str:
+    if count is None:
+        return LATER
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return str(count)
+
+
+def _offload(offload: str) -> str:
+    return "-" if offload == "off" else offload
+
+
+def _gib(count: int | None) -> str:
+    if count is None:
+        return LATER
+    value = count / 2**30
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return LATER
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
+
+
+def _number(count: int | None) -> str:
+    return LATER if count is None else f"{count:,}".replace(",", " ")
+
+
+def _count(count: int, what: str) -> str:
+    many = what + ("es" if what.endswith("ch") else "s")
+    return f"{_number(count)} {what if count == 1 else many}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns padded to their widest cell, two spaces between them."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines

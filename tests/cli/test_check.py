@@ -1,0 +1,124 @@
+"""`rlhf check`, and what all commands share: the overview, unknown commands, bugs, interrupts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhfdsl import __version__
+from rlhfdsl.cli import check, main
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+GOOD = str(CORPUS / "ok" / "three-stages.rlhf")
+BAD = str(CORPUS / "bad" / "E0304-word.rlhf")
+WARNS = str(CORPUS / "bad" / "W0201-unreached.rlhf")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_good_recipe(capsys):
+    assert run(capsys, "check", GOOD) == (0, "ok  3 stages, 2 models, 1 blend\n", "")
+
+
+def test_a_bad_recipe(capsys):
+    code, out, err = run(capsys, "check", BAD)
+    assert (code, err) == (1, "")
+    assert out.startswith("error[E0304]: `dtype` takes one of `bf16`") and out.endswith("\n2 errors\n")
+    assert "\x1b" not in out
+
+
+def test_several_files(capsys):
+    code, out, _ = run(capsys, "check", GOOD, BAD)
+    assert code == 1
+    assert f"{GOOD}: ok" in out and f"{BAD}: 2 errors" in out
+
+
+def test_warnings_are_errors_when_strict(capsys):
+    code, out, _ = run(capsys, "check", WARNS)
+    assert code == 0 and out.endswith("ok  1 stage, 2 models  4 warnings\n")
+    code, out, _ = run(capsys, "check", "--strict", WARNS)
+    assert code == 1 and out.endswith("\n4 warnings\n")
+
+
+def test_json(capsys):
+    code, out, _ = run(capsys, "check", "--format", "json", GOOD, BAD)
+    data = json.loads(out)
+    assert code == 1 and data["format_version"] == "1.0"
+    assert [d["code"] for d in data["diagnostics"]] == ["E0304", "E0304"]
+
+
+def test_arguments_reach_the_recipe(capsys):
+    assert run(capsys, "check", GOOD, "-p", "seed=7", "--set", "stage.ppo.kl.coef=0.05")[0] == 0
+    code, out, _ = run(capsys, "check", GOOD, "--set", "stage.ppo.kl.coef=-1")
+    assert code == 1 and "--> --set:1:19" in out
+    code, _, err = run(capsys, "check", GOOD, "-p", "seed")
+    assert code == 2 and "NAME=VALUE" in err
+
+
+def test_a_missing_file(capsys):
+    code, out, _ = run(capsys, "check", "nowhere.rlhf")
+    assert code == 1 and out.startswith("error[E0891]: there is no file `nowhere.rlhf`")
+
+
+def test_overview_and_version(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0 and "check " in out and "rlhf init DIR" in out
+    assert run(capsys, "--help")[1] == out
+    assert run(capsys, "--version") == (0, f"rlhf {__version__}\n", "")
+    code, out, _ = run(capsys, "check", "--help")
+    assert code == 0 and "--strict" in out
+
+
+def test_an_unknown_command_suggests(capsys):
+    code, _, err = run(capsys, "chekc")
+    assert code == 2 and "did you mean `rlhf check`" in err
+    assert run(capsys, "frobnicate")[0] == 2
+    assert run(capsys, "check")[0] == 2
+
+
+def test_a_bug_says_so(capsys, monkeypatch):
+    def broken(args):
+        raise ValueError("a\nb")
+
+    monkeypatch.setattr(check, "run", broken)
+    code, out, err = run(capsys, "check", GOOD)
+    assert (code, out) == (3, "")
+    assert "this is a bug in rlhfdsl" in err and "ValueError: a" in err and "Traceback" not in err
+    assert "Traceback" in run(capsys, "check", GOOD, "--debug")[2]
+    monkeypatch.setenv("RLHF_DEBUG", "1")
+    assert "Traceback" in run(capsys, "check", GOOD)[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (PermissionError(13, "Permission denied", "out"), 2, "out: Permission denied"),
+    ],
+)
+def test_what_is_no_bug(capsys, monkeypatch, error, code, text):
+    def broken(args):
+        raise error
+
+    monkeypatch.setattr(check, "run", broken)
+    found, _, err = run(capsys, "check", GOOD)
+    assert found == code and text in err and "bug" not in err
+
+
+def test_it_is_fast():
+    """Under 250 ms, twice that on a busy machine: the best of five."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "rlhfdsl", "check", GOOD], check=True, capture_output=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5

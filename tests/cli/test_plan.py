@@ -1,0 +1,187 @@
+"""`rlhf plan` and `rlhf lock` as a user runs them, on a recipe with a little data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhfdsl.cli.main import main
+from rlhfdsl.planning.validate import validate_lock, validate_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "datasets", "deepspeed", "jsonschema", "rich", "numpy", "tokenizers")
+RECIPE = """recipe "small" { seed = 3 }
+model tiny { arch = llama, layers = 2, hidden = 32, heads = 4, dtype = fp32 }
+data pairs { from = "./pairs.jsonl", format = preference }
+blend chat {
+  mix { pairs = 100% }
+  split { sft = 50%, eval = 50% }
+}
+stage sft {
+  model = model.tiny, data = blend.chat, eval = blend.chat.eval
+  batch = 4, length = 96, lr = 1e-3
+}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe with 40 pairs beside it."""
+    rows = ({"prompt": f"What is {n} + 1?", "chosen": f"{n + 1}", "rejected": "No."} for n in range(40))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "small.rlhf"
+    path.write_text(RECIPE)
+    return path
+
+
+def rlhf(capsys, *arguments):
+    """Exit code, stdout and stderr of a command in this process."""
+    code = main([str(argument) for argument in arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_plan_makes_the_lock(capsys, recipe):
+    code, out, err = rlhf(capsys, "plan", recipe, "--gpu", "cpu")
+    assert (code, err) == (0, "")
+    locked = json.loads((recipe.parent / "rlhf.lock").read_text())
+    validate_lock(locked)
+    assert len(locked["edges"]) == 2 and len(locked["models"]) == 1
+    used = {facts["used"] for facts in locked["edges"].values()}
+    assert sum(used) == 40  # the two parts share out the 40 prompts
+    assert "(known after lock)" not in out and "Human: What is" in out
+    again = rlhf(capsys, "plan", recipe, "--gpu", "cpu")
+    assert again == (0, out, "")
+
+
+def test_json_and_output_are_the_same_bytes(capsys, recipe, tmp_path):
+    saved = tmp_path / "plan.json"
+    code, out, _ = rlhf(capsys, "plan", recipe, "--gpu", "cpu", "--format", "json", "-o", saved)
+    assert code == 0 and saved.read_text() == out
+    plan = json.loads(out)
+    validate_plan(plan)
+    assert plan["stages"][0]["edges"]["train"]["facts"]["files"]["pairs.jsonl"]["bytes"] > 0
+
+
+def test_no_lock_makes_nothing(capsys, recipe):
+    code, out, _ = rlhf(capsys, "plan", recipe, "--gpu", "cpu", "--no-lock")
+    assert code == 0 and "(known after lock)" in out
+    assert not (recipe.parent / "rlhf.lock").exists()
+
+
+def test_lock_check_and_stale_files(capsys, recipe):
+    code, out, _ = rlhf(capsys, "lock", recipe, "--check")
+    assert code == 1
+    assert out.splitlines() == ["missing  model.tiny", "missing  stage.sft.train", "missing  stage.sft.eval"]
+    code, out, _ = rlhf(capsys, "lock", recipe)
+    assert code == 0 and out.splitlines()[:3] == [
+        "made     model.tiny", "made     stage.sft.train", "made     stage.sft.eval",
+    ]  # fmt: skip
+    assert rlhf(capsys, "lock", recipe, "--check")[0] == 0
+    with (recipe.parent / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}) + "\n")
+    code, out, _ = rlhf(capsys, "lock", recipe, "--check")
+    assert code == 1 and out.splitlines()[0] == "changed  pairs.jsonl"
+    assert rlhf(capsys, "plan", recipe, "--gpu", "cpu")[0] == 0
+    locked = json.loads((recipe.parent / "rlhf.lock").read_text())
+    assert sum(facts["used"] for facts in locked["edges"].values()) == 41
+
+
+def test_stale_facts_make_no_errors(capsys, recipe):
+    """Too few rows, then more of them: the old count must not be what the next plan judges by."""
+    pairs = recipe.parent / "pairs.jsonl"
+    many = pairs.read_text()
+    pairs.write_text("".join(many.splitlines(keepends=True)[:6]))
+    code, _, err = rlhf(capsys, "plan", recipe, "--gpu", "cpu", "--set", "stage.sft.batch=8")
+    assert code == 1 and "E0704" in err
+    pairs.write_text(many)
+    assert rlhf(capsys, "plan", recipe, "--gpu", "cpu", "--set", "stage.sft.batch=8")[0] == 0
+
+
+def test_errors_have_windows_and_exit_1(capsys, recipe):
+    code, out, err = rlhf(capsys, "plan", recipe, "--gpu", "a100-80g", "--gpus", "8", "--no-lock")
+    assert (code, out) == (1, "")
+    assert "error[E0701]: batch = 4 sequences do not split over 8 GPUs" in err
+    assert "small.rlhf:10:11" in err and "= help: batch = 8" in err
+
+
+def test_errors_as_json(capsys, recipe):
+    code, out, _ = rlhf(
+        capsys, "plan", recipe, "--gpus", "8", "--gpu", "l4-24g", "--no-lock", "--format", "json"
+    )
+    assert code == 1
+    (found,) = json.loads(out)["diagnostics"]
+    assert (found["code"], found["span"]["start"]["line"]) == ("E0701", 10)
+
+
+def test_bad_data_is_shown_at_its_setting(capsys, recipe):
+    (recipe.parent / "pairs.jsonl").write_text('{"prompt": "a"}\n')
+    code, _, err = rlhf(capsys, "plan", recipe, "--gpu", "cpu")
+    assert code == 1 and err.startswith("error[E08") and "small.rlhf:3:" in err and "in pairs.jsonl" in err
+
+
+def test_a_broken_lock_is_refused(capsys, recipe):
+    (recipe.parent / "rlhf.lock").write_text("not json")
+    code, _, err = rlhf(capsys, "plan", recipe, "--gpu", "cpu")
+    assert code == 1 and "E0720" in err and "delete it" in err
+
+
+def test_unknown_gpus(capsys, recipe):
+    code, _, err = rlhf(capsys, "plan", recipe, "--gpu", "a100")
+    assert code == 2 and "not in the catalog" in err
+    recipe.write_text(RECIPE + 'cluster node { gpus = 8, gpu = "a100" }\n')
+    code, _, err = rlhf(capsys, "plan", recipe)
+    assert code == 1 and "error[E0714]" in err and '"a100"' in err
+
+
+def test_overrides(capsys, recipe):
+    code, out, _ = rlhf(
+        capsys, "plan", recipe, "--gpu", "cpu", "--no-lock", "--set", "stage.sft.batch=8", "--format", "json"
+    )
+    plan = json.loads(out)
+    assert code == 0 and plan["stages"][0]["batch"]["batch"] == 8
+    assert plan["origins"]["stage.sft.batch"]["layer"] == "set"
+
+
+# ---- what a plan costs
+
+
+def imported(*arguments, cwd):
+    """The heavy modules in the interpreter after a command, and its seconds."""
+    code = (
+        "import sys; from rlhfdsl.cli.main import main\n"
+        "code = main(sys.argv[1:]); assert code == 0, code\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    done, seconds = timed(code, *arguments, cwd=cwd)
+    return done.stderr.strip().splitlines()[-1], seconds
+
+
+def timed(code, *arguments, cwd):
+    """The finished interpreter that ran `code`, and the seconds of the fastest of three."""
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        best = min(best, time.perf_counter() - started)
+    return done, best
+
+
+@pytest.mark.parametrize("options", [("--no-lock",), ()])
+def test_planning_is_light(capsys, recipe, options, record_property):
+    """Nothing heavy is imported, and the command takes less than a second beside a bare interpreter."""
+    assert rlhf(capsys, "lock", recipe)[0] == 0
+    loaded, seconds = imported("plan", str(recipe), "--gpu", "cpu", *options, cwd=recipe.parent)
+    assert loaded == "[]"
+    _, bare = timed("pass", cwd=recipe.parent)
+    record_property("seconds", seconds - bare)
+    assert seconds - bare < 1.0, f"plan took {seconds:.2f} s, a bare interpreter {bare:.2f} s"

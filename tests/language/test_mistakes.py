@@ -1,0 +1,151 @@
+"""The bad corpus, files that cannot be read, and what a mutation of a good recipe gives."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from corpus import BAD, CORPUS, expected
+
+from rlhfdsl.language import Compilation, Diagnostic, as_json, load, render
+from rlhfdsl.language.codes import CODES
+
+SAMPLE = (CORPUS / "ok" / "three-stages.rlhf").read_text(encoding="utf-8")
+# Codes that a file cannot show by a comment of its own, with the test that shows them.
+ELSEWHERE = {
+    "E0208": "test_a_file_without_a_recipe",
+    "E0503": "test_recipes.test_arguments_that_are_wrong",
+    "E0504": "test_recipes.test_arguments_that_are_wrong",
+    "E0891": "test_files",
+    "E0892": "test_files",
+    "E0893": "test_files",
+    "E0894": "test_files",
+    "E0901": "test_files",
+}
+
+
+def found(compilation: Compilation) -> list[tuple[int, str]]:
+    def line(diagnostic: Diagnostic) -> int:
+        span = diagnostic.span
+        return compilation.sources[span.file].position(span.start)[0] if span is not None else 0
+
+    return sorted((line(diagnostic), diagnostic.code) for diagnostic in compilation.diagnostics)
+
+
+@pytest.mark.parametrize("path", BAD, ids=lambda path: path.stem)
+def test_a_bad_recipe_gives_what_its_comments_say(path):
+    compilation = load(path)
+    assert found(compilation) == expected(path)
+    assert path.stem[:5] in [code for _, code in expected(path)]
+    assert (compilation.recipe is None) == any(code.startswith("E") for _, code in expected(path))
+
+
+@pytest.mark.parametrize("path", BAD, ids=lambda path: path.stem)
+def test_messages_have_one_shape(path):
+    for diagnostic in load(path).diagnostics:
+        for text in (diagnostic.message, diagnostic.help or "", *diagnostic.notes):
+            assert not text.endswith((".", "!")) or text.endswith("…"), text
+            assert "\n" not in text and "  " not in text
+        assert diagnostic.severity == {"E": "error", "W": "warning"}[diagnostic.code[0]]
+
+
+def test_every_code_has_a_fixture():
+    shown = {code for path in BAD for _, code in expected(path)}
+    assert shown | ELSEWHERE.keys() == CODES.keys()
+    assert not shown & ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (None, "E0891"),
+        (b"", "E0894"),
+        (b" \n\t\n", "E0894"),
+        (b"\xff\xfe", "E0893"),
+        ('recipe "café" { }\n'.encode("latin-1"), "E0893"),
+        (b"#" * (1 << 20) + b"\n", "E0901"),
+        (b"recipe \0", "E0110"),
+        (b'recipe "x" {\r}\r', "E0110"),
+    ],
+    ids=["missing", "empty", "blank", "utf-16", "latin-1", "large", "nul", "lone-cr"],
+)
+def test_files(tmp_path: Path, content: bytes | None, code: str):
+    path = tmp_path / "x.rlhf"
+    if content is not None:
+        path.write_bytes(content)
+    compilation = load(path)
+    assert compilation.recipe is None and {d.code for d in compilation.diagnostics} == {code}
+    assert render(compilation.diagnostics, compilation.sources, colour=False)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path):
+    assert [d.code for d in load(tmp_path).diagnostics] == ["E0892"]
+    assert [d.code for d in load(tmp_path / ("x" * 5000)).diagnostics] == ["E0891"]
+    assert [d.code for d in load("a\0b").diagnostics] == ["E0891"]
+
+
+def test_a_file_without_a_recipe(tmp_path: Path):
+    path = tmp_path / "x.rlhf"
+    path.write_text("# nothing yet\n", encoding="utf-8")
+    assert [d.code for d in load(path).diagnostics] == ["E0208"]
+
+
+@pytest.mark.parametrize("change", [lambda s: "\ufeff" + s, lambda s: s.replace("\n", "\r\n"), str.rstrip])
+def test_bom_crlf_and_a_missing_last_newline_are_fine(tmp_path: Path, change):
+    path = tmp_path / "x.rlhf"
+    path.write_bytes(change(SAMPLE).encode())
+    assert load(path).diagnostics == ()
+
+
+def test_long_chains_of_parameters_end(tmp_path: Path):
+    chain = ["param p0: int = 1\n", *(f"param p{n}: int = param.p{n - 1} * 2\n" for n in range(1, 2000))]
+    path = tmp_path / "x.rlhf"
+    path.write_text(SAMPLE + "".join(reversed(chain)), encoding="utf-8")
+    assert {d.code for d in load(path).diagnostics} == {"E0902"}
+
+
+def mutations(text: str) -> Iterator[tuple[str, str]]:
+    """Each token deleted, doubled, and swapped with the next one."""
+    tokens = re.findall(r'"[^"\n]*"|#[^\n]*|[A-Za-z_]\w*|[0-9][\w.%-]*|[ \t]+|\n|.', text)
+    places = [i for i, t in enumerate(tokens) if t == "\n" or (t.strip() and not t.startswith("#"))]
+    for i in places:
+        yield f"without {tokens[i]!r} ({i})", "".join(tokens[:i] + tokens[i + 1 :])
+        yield f"{tokens[i]!r} twice ({i})", "".join([*tokens[: i + 1], " ", *tokens[i:]])
+    for a, b in zip(places, places[1:], strict=False):
+        swapped = list(tokens)
+        swapped[a], swapped[b] = swapped[b], swapped[a]
+        yield f"{tokens[a]!r} and {tokens[b]!r} swapped ({a})", "".join(swapped)
+
+
+def count_errors(path: Path, step: int) -> Counter[int]:
+    """How many mutations give how many errors; each must render, with spans inside its text."""
+    counts: Counter[int] = Counter()
+    for number, (what, text) in enumerate(mutations(SAMPLE)):
+        if number % step:
+            continue
+        path.write_text(text, encoding="utf-8")
+        compilation = load(path)
+        errors = [d for d in compilation.diagnostics if d.severity == "error"]
+        assert bool(errors) == (compilation.recipe is None), what
+        spans = [diagnostic.span for diagnostic in compilation.diagnostics if diagnostic.span is not None]
+        assert all(0 <= span.start <= span.end <= len(text) for span in spans), what
+        render(compilation.diagnostics, compilation.sources, colour=True)
+        as_json(compilation.diagnostics, compilation.sources)
+        counts[len(errors)] += 1
+    return counts
+
+
+def few(counts: Counter[int]) -> float:
+    return sum(n for errors, n in counts.items() if errors <= 3) / counts.total()
+
+
+def test_one_mutation_gives_few_errors(tmp_path: Path):
+    assert few(count_errors(tmp_path / "x.rlhf", step=7)) >= 0.99
+
+
+@pytest.mark.slow
+def test_every_mutation_gives_few_errors(tmp_path: Path):
+    assert few(count_errors(tmp_path / "x.rlhf", step=1)) >= 0.99

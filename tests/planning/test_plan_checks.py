@@ -1,0 +1,305 @@
+"""Each code of planning with a recipe that shows it, its whole message, and the place it points at."""
+
+from __future__ import annotations
+
+import pytest
+from workshop import CPU, HEAD, PAIRS, PIPELINE, TINY, edge_facts, gpus, model_facts
+
+from rlhfdsl.language import load
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.planning import checks, compile, lock
+from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.validate import validate_plan
+
+NODE = Target("cuda", "a100-80g", 80 * 2**30, 1, 8, "cluster.node")
+CLUSTER = 'cluster node { gpus = 8, gpu = "a100-80g" }\n'
+
+
+def sft(settings):
+    return HEAD + TINY + PAIRS + f"stage sft {{ model = model.tiny, data = data.pairs, {settings} }}\n"
+
+
+def said(diagnostic):
+    return diagnostic.code, diagnostic.message, diagnostic.help
+
+
+def test_batch_over_gpus(shop):
+    text = CLUSTER + sft("batch = 100, length = 64, lr = 1e-3")
+    found = shop.problem(text, NODE)
+    assert said(found) == ("E0701", "batch = 100 sequences do not split over 8 GPUs", "batch = 96 or 104")
+    assert (shop.text_at(found), found.label) == ("100", "100 = 8 x 12 + 4")
+    assert found.notes == ("8 = 1 x 8 (cluster.node)",)
+    assert [label.text for label in found.secondary] == ["8 on each of 1"]
+
+
+def test_batches_of_ppo_over_gpus(shop):
+    text = PIPELINE.replace("rollout { batch = 32", "rollout { batch = 24")
+    text = text.replace("minibatch = 16", "minibatch = 12").replace("batch = 8, length", "batch = 16, length")
+    text = text.replace("kl {", "ptx { data = data.wiki, weight = 1, batch = 20 }\n  kl {")
+    text += 'data wiki { from = "./wiki.jsonl", format = text }\n'
+    plan, found = shop.compile(text, gpus(16))
+    assert plan is None
+    assert [said(d)[:2] for d in found] == [
+        ("E0701", "rollout.batch = 24 prompts do not split over 16 GPUs"),
+        ("E0701", "update.minibatch = 12 sequences do not split over 16 GPUs"),
+        ("E0701", "ptx.batch = 20 sequences do not split over 16 GPUs"),
+    ]
+
+
+def test_micro(shop):
+    text = sft("batch = 96, length = 64, lr = 1e-3, parallel = parallel.p") + "parallel p { micro = 5 }\n"
+    found = shop.problem(text, gpus(8))
+    assert said(found) == (
+        "E0702", "micro = 5 does not divide the 12 of stage.sft on each GPU",
+        "micro = 4, or leave it to be derived",
+    )  # fmt: skip
+    assert (shop.text_at(found), found.label) == ("5", "12 = 5 x 2 + 2")
+
+
+def test_minibatches(shop):
+    text = PIPELINE.replace("minibatch = 16", "minibatch = 12").replace(
+        "batch = 32,", "batch = 16, answers = 2,"
+    )
+    found = shop.problem(text)
+    assert said(found) == (
+        "E0703", "32 sequences of a rollout do not split into minibatches of 12", "minibatch = 8"
+    )  # fmt: skip
+    assert (found.label, found.secondary[0].text) == ("32 = 12 x 2 + 8", "16 prompts x 2 answers")
+
+
+def test_no_update(shop):
+    text = sft("batch = 64, length = 64, lr = 1e-3")
+    shop.know(text, 40)
+    found = shop.problem(text)
+    assert said(found) == (
+        "E0704", "40 sequences do not fill one batch of 64, so the stage would make no update",
+        "a batch of at most 40, or more data",
+    )  # fmt: skip
+    assert shop.text_at(found) == "64"
+
+
+def test_no_rollout(shop):
+    text = PIPELINE + "\n"
+    rows = dict.fromkeys((a for a, _ in lock.edges(shop.plan(text))), 100) | {"stage.ppo.train": 31}
+    shop.know(text, rows)
+    assert said(shop.problem(text))[:2] == (
+        "E0704", "31 prompts do not fill one batch of 32, so the stage would make no update"
+    )  # fmt: skip
+
+
+def test_the_actor_never_learns(shop):
+    text = PIPELINE.replace("critic { model", "critic { warmup_rollouts = 3, model")
+    text = text.replace("  data = blend.chat\n", "  data = blend.chat\n  rollouts = 3\n")
+    found = shop.problem(text)
+    assert said(found) == (
+        "E0704", "the critic alone learns for 3 rollouts of 3, so the actor would make no update",
+        "warmup_rollouts = 2 or less",
+    )  # fmt: skip
+
+
+def test_warmup(shop):
+    text = sft("steps = 20, batch = 8, length = 64, lr = 1e-3, warmup = 50")
+    found = shop.problem(text)
+    assert said(found) == (
+        "E0705", "a warm-up of 50 updates never reaches lr in a run of 20",
+        "warmup = 2, or a ratio such as 3%",
+    )  # fmt: skip
+    assert shop.text_at(found) == "50"
+
+
+def test_warmup_that_rounds_to_none(shop):
+    plan, found = shop.compile(sft("steps = 10, batch = 8, length = 64, lr = 1e-3, warmup = 3%"))
+    assert plan is not None
+    assert [said(d)[:2] for d in found] == [("W0703", "a warm-up of 3% of 10 updates rounds to none")]
+
+
+def test_context(shop):
+    text = HEAD + 'model m { from = "gpt2" }\n' + PAIRS
+    text += "stage sft { model = model.m, data = data.pairs, batch = 8, length = 2048, lr = 1e-3 }\n"
+    found = shop.problem(text)
+    assert said(found) == (
+        "E0706", "sequences of 2048 tokens exceed the 1024 positions of `model.m`",
+        "at most 1024 tokens in all",
+    )  # fmt: skip
+    assert shop.text_at(found) == "2048"
+    assert [label.text for label in found.secondary] == ["1024 positions"]
+
+
+def test_context_of_a_rollout(shop):
+    text = PIPELINE.replace("prompt = 64, answer = 64", "prompt = 700, answer = 400")
+    text = text.replace("dtype = fp32", "dtype = fp32, context = 1024")
+    found = shop.problem(text)
+    assert found.message == "prompt 700 + answer 400 = 1100 tokens exceed the 1024 positions of `model.tiny`"
+
+
+TWO_MODELS = PIPELINE.replace("model = stage.sft, data", "model = model.judge, data") + TINY.replace(
+    "model tiny", "model judge"
+).replace("layers = 2", "layers = 3")
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "word"),
+    [
+        ({"tokenizer": "sha256:cc"}, "E0707", "tokenizer"),
+        ({"template": "sha256:dd"}, "E0708", "chat template"),
+    ],
+)
+def test_digests_on_an_edge(shop, changed, code, word):
+    shop.know(TWO_MODELS, 100)
+    judge = shop.plan(TWO_MODELS)["models"]["model.judge"]
+    shop.lock["models"][judge["key"]] = model_facts(judge, **changed)
+    plan, found = shop.compile(TWO_MODELS)
+    assert plan is None
+    assert [said(d)[:2] for d in found] == [
+        (code, f"the critic's {word} is not the actor's"),
+        (code, f"the reward's {word} is not the actor's"),
+    ]
+    assert found[0].label.startswith("model.judge: ") and found[0].secondary[0].text.startswith(
+        "model.tiny: "
+    )
+    assert shop.text_at(found[0]) == "stage.reward"
+
+
+def test_bytes_beside_other_tokens(shop):
+    text = PIPELINE.replace("model = stage.sft, data", "model = model.judge, data")
+    text += 'model judge { from = "gpt2", dtype = fp32 }\n'
+    plan, found = shop.compile(text)
+    assert plan is None and {d.code for d in found} == {"E0707"}
+    assert found[0].label == "model.judge: its own tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("vocab = 258", "vocab = 258 is smaller than the byte tokenizer's 259"),
+        ("hidden = 36", "a head of llama is 9 wide, and rotary positions need an even width"),
+        ("arch = opt, kv_heads = 2", "opt has as many key heads as heads, and kv_heads = 2 is not 4"),
+        ('tokenizer = "gpt2"', "`model.tiny` has a tokenizer of its own and no `vocab`"),
+    ],
+)
+def test_models_from_scratch(shop, changes, message):
+    tiny = TINY
+    for change in changes.split(", "):
+        name, _, value = change.partition(" = ")
+        written = {"hidden": "hidden = 32", "arch": "arch = llama"}.get(name)
+        tiny = (
+            tiny.replace(written, change) if written else tiny.replace("layers", f"{name} = {value}, layers")
+        )
+    text = sft("batch = 8, length = 64, lr = 1e-3").replace(TINY, tiny)
+    assert said(shop.problem(text))[:2] == ("E0709", message)
+
+
+def test_types_of_devices(shop):
+    text = sft("batch = 8, length = 64, lr = 1e-3")
+    found = shop.problem(text.replace("fp32", "fp16"))
+    assert said(found) == ("E0710", "a CPU does not train in fp16", "dtype = bf16 or fp32")
+    assert found.notes == ("the target is cpu (detected)",) and shop.text_at(found) == "fp16"
+    volta = Target("cuda", "v100-32g", 32 * 2**30, 1, 1, "--gpu")
+    assert said(shop.problem(text.replace("fp32", "bf16"), volta)) == (
+        "E0710", "v100-32g does not compute in bf16", "dtype = fp16 or fp32"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parallel", "target", "message"),
+    [
+        ("zero = 0", gpus(1), "ZeRO 0 cannot sum the gradients of bf16 weights in fp32"),
+        ("offload = both", CPU, "offload has no effect on a CPU"),
+        ("zero = 2, offload = params", gpus(1), "offload = params needs ZeRO 3, and zero is 2"),
+    ],
+)
+def test_zero_and_offload(shop, parallel, target, message):
+    text = sft("batch = 8, length = 64, lr = 1e-3, parallel = parallel.p").replace("fp32", "bf16")
+    found = shop.problem(text + f"parallel p {{ {parallel} }}\n", target)
+    assert said(found)[:2] == ("E0711", message)
+
+
+def test_offload_of_the_optimizer_needs_zero(shop):
+    text = sft("batch = 8, length = 64, lr = 1e-3, parallel = parallel.p")
+    found = shop.problem(text + "parallel p { zero = 0, offload = optimizer }\n", gpus(1))
+    assert said(found) == ("E0711", "offload = optimizer needs ZeRO 1, 2 or 3, and zero is 0", "zero = 2")
+
+
+def test_memory(shop):
+    text = HEAD + 'model big { from = "facebook/opt-13b" }\n' + PAIRS
+    text += "stage sft { model = model.big, data = data.pairs, batch = 8, length = 512, lr = 1e-5 }\n"
+    found = shop.problem(text, gpus(1))
+    # 12.85e9 x (2 + 6 + 12) bytes = 239.4 GiB; one sequence with checkpointing 0.7 GiB
+    assert said(found) == (
+        "E0712", "stage.sft needs 240.1 GiB of each a100-80g, of whose 80.0 GiB a plan may fill 72.0 GiB",
+        "`zero = 2, offload = optimizer` fits",
+    )  # fmt: skip
+    assert found.notes == ("policy: 239.4 GiB of model states at ZeRO 1, 0.7 GiB for a micro batch of 1",)
+    assert shop.text_at(found) == "stage sft"
+    assert shop.plan(text, gpus(1, None))["stages"][0]["memory"]["fits"] is None  # unknown memory is no error
+    tight = shop.problem(text.replace("opt-13b", "opt-66b"), gpus(1, 1))
+    assert tight.help == "nothing here fits: more or larger GPUs, or a smaller model"
+
+
+def test_parts_without_rows(shop):
+    shop.know(PIPELINE, 100)
+    key = shop.plan(PIPELINE)["stages"][1]["edges"]["eval"]["key"]
+    shop.lock["edges"][key] = edge_facts(0, 12, tie=10, too_long=2)
+    found = shop.problem(PIPELINE)
+    assert said(found)[:2] == ("E0713", "`blend.chat.eval` has no rows for stage.reward")
+    assert found.notes == ("12 rows in the part", "2 dropped: too long", "10 dropped: tie")
+
+
+def test_unknown_gpu(shop):
+    recipe = shop.recipe(CLUSTER.replace("a100-80g", "a100") + sft("batch = 8, length = 64, lr = 1e-3"))
+    found = checks.unknown_gpu(recipe, "a100", "cluster.node.gpu")
+    assert said(found)[:2] == ("E0714", "`a100` is not in the catalog of GPUs")
+    assert found.help.startswith("one of v100-32g, a6000-48g") and shop.text_at(found) == '"a100"'
+
+
+def test_warnings(shop):
+    text = sft("batch = 64, length = 64, lr = 1e-3, eval = data.held")
+    text = text.replace("eval = data.held", "eval = data.held, every { eval = 9 }").replace(
+        ", every", "\n every"
+    )
+    text += 'data held { from = "./held.jsonl", format = preference }\n'
+    shop.know(text, 100)
+    plan, found = shop.compile(text)
+    assert plan is not None
+    assert [said(d)[:2] for d in found] == [
+        ("W0701", "36 of 100 sequences are in no batch"),
+        ("W0702", "every.eval = 9 updates is longer than the run of 1"),
+    ]
+    assert found[0].notes == ("100 = 64 x 1 + 36",)
+
+
+def test_all_mistakes_come_at_once(shop):
+    text = PIPELINE.replace("batch = 16, length = 128", "batch = 15, length = 2000")
+    text = text.replace("dtype = fp32", "dtype = fp16, context = 1024").replace(
+        "minibatch = 16", "minibatch = 10"
+    )
+    plan, found = shop.compile(text, Target("cpu", None, None, 1, 2, "--gpus"))
+    assert plan is None
+    assert [d.code for d in found] == ["E0710", "E0706", "E0701", "E0703"]
+
+
+def test_every_code_has_a_test():
+    """A code that no test of this file names was never seen."""
+    from pathlib import Path
+
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [code for code in checks.CODES if f'"{code}"' not in text] == []
+
+
+def test_a_plan_that_is_not_one(shop):
+    plan = shop.plan(PIPELINE)
+    validate_plan(plan)
+    with pytest.raises(UserError, match="has format 2.0") as error:
+        validate_plan(plan | {"format_version": "2.0"})
+    assert error.value.code == "E0720"
+    plan["stages"][0]["batch"]["micro"] = 0
+    with pytest.raises(UserError, match=r"stages\[0\]"):
+        validate_plan(plan)
+
+
+def test_recipes_without_facts_have_no_row_errors(shop):
+    """What only the lock can tell is no error before it."""
+    path = shop.folder / "t.rlhf"
+    shop.recipe(PIPELINE)
+    plan, found = compile(load(path).recipe, lock.empty(), CPU)
+    assert plan is not None and found == ()

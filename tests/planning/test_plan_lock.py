@@ -1,0 +1,84 @@
+"""The lock file: canonical, refused when it is none, stale when a file changed."""
+
+import json
+
+import pytest
+from workshop import PIPELINE, edge_facts
+
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.planning import lock
+from rlhfdsl.planning.validate import validate_lock
+
+
+def test_round_trip_is_canonical(tmp_path):
+    key = lock.key_of({"b": 1, "a": "ü"})
+    assert key == lock.key_of({"a": "ü", "b": 1}) and key.startswith("sha256:")
+    value = {"version": 1, "models": {}, "edges": {key: edge_facts(7)}}
+    path = tmp_path / lock.NAME
+    lock.write(path, value)
+    assert lock.read(path) == value
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("}\n") and text.index('"edges"') < text.index('"models"') < text.index('"version"')
+    assert [p.name for p in tmp_path.iterdir()] == [lock.NAME]  # no scratch file stays
+    validate_lock(value)
+
+
+def test_no_file_is_an_empty_lock(tmp_path):
+    assert lock.read(tmp_path / "none") == lock.empty()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "has version None"),
+        ('{"version": 2, "edges": {}, "models": {}}', "has version 2, and this program reads version 1"),
+        ('{"version": 1}', "lacks `edges` or `models`"),
+    ],
+)
+def test_unusable(tmp_path, text, message):
+    path = tmp_path / lock.NAME
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        lock.read(path)
+    assert error.value.code == "E0720"
+
+
+def test_stale(tmp_path):
+    file = tmp_path / "data" / "a.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(b"hello")
+    # sha256 of "hello"
+    digest = "sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    facts = edge_facts(1) | {"files": {"data/a.jsonl": {"bytes": 5, "sha256": digest}}}
+    assert lock.stale(facts, tmp_path) == []
+    file.write_bytes(b"hullo")
+    assert lock.stale(facts, tmp_path) == ["data/a.jsonl"]
+    file.unlink()
+    assert lock.stale(facts, tmp_path) == ["data/a.jsonl"]
+
+
+def test_missing_and_drop_stale(shop):
+    edges, models = lock.missing(shop.plan(PIPELINE))
+    # the ppo stage has no eval; sft and reward read different things from the same part
+    assert [a for a, _ in edges] == [
+        "stage.sft.train", "stage.sft.eval", "stage.reward.train", "stage.reward.eval", "stage.ppo.train",
+    ]  # fmt: skip
+    assert [a for a, _ in models] == ["model.tiny"]
+    shop.know(PIPELINE, 100)
+    plan = shop.plan(PIPELINE)
+    assert lock.missing(plan) == ([], [])
+    gone = {"files": {"pairs.jsonl": {"bytes": 1, "sha256": "sha256:00"}}}
+    shop.lock["edges"][edges[0][1]["key"]] |= gone
+    assert lock.drop_stale(shop.lock, shop.plan(PIPELINE), shop.folder) == ["pairs.jsonl"]
+    assert [a for a, _ in lock.missing(shop.plan(PIPELINE))[0]] == ["stage.sft.train"]
+
+
+def test_equal_inputs_are_listed_once(shop):
+    text = (
+        PIPELINE
+        + "stage sft twin { model = model.tiny, data = blend.chat.sft, batch = 8, length = 128, lr = 1e-3 }\n"
+    )
+    edges, _ = lock.missing(shop.plan(text))
+    assert len(edges) == 5
+    json.dumps(edges)
