@@ -1,6 +1,6 @@
 """The codes of the mistakes that data, models' files and tokenizers report, none used twice.
 
-E0630 to E0639 are of blends and edges, E0801 to E0819 of data files, E0830 to E0839 of rendering, E0850 to
+E0630 to E0639 are of blends and edges, E0801 to E0819 of data files, E0840 to E0849 of rendering, E0850 to
 E0859 of model directories.
 """
 
@@ -30,8 +30,8 @@ SPLIT = "E0817"  # a split that the file or directory does not have
 UNREADABLE = "E0818"  # the system refuses to read the file
 
 # Rendering
-TEMPLATE = "E0830"  # the chat template refuses a conversation
-NOT_A_CONTINUATION = "E0831"  # the template rewrites the prompt when the answer is added
+TEMPLATE = "E0840"  # the chat template refuses a conversation
+NOT_A_CONTINUATION = "E0841"  # the template rewrites the prompt when the answer is added
 
 # Models and tokenizers
 MODEL_MISSING = "E0850"

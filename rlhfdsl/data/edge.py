@@ -158,7 +158,7 @@ def load_edge(
     if blend is not None:
         overrides = blend["mix"]
         shares = overrides.get(edge["part"]) or overrides[""]
-    shares = {address: share for address, share in sorted(shares.items()) if share > 0}
+    shares = {address: share for address, share in shares.items() if share > 0}
     split = blend["split"] if blend is not None else None
     stores = {
         address: _read(plan["data"][address], address, edge, split, base, renderer) for address in shares
@@ -236,6 +236,7 @@ def _check(edge: Mapping[str, Any], stores: Mapping[str, Store]) -> None:
             several = len(stores) > 1
             code = codes.EMPTY_SHARE if several else codes.NOTHING_LEFT
             why = f"`{store.name}` has a share and nothing to give" if several else "no row is left"
+            why = why if store.rows else f"no row of `{store.name}` falls in it"
             raise _nothing(edge, {store.name: store}, code, why)
 
 
@@ -253,7 +254,7 @@ def _nothing(edge: Mapping[str, Any], stores: Mapping[str, Store], code: str, wh
         help = "look at the rows: prompts and answers must say something, and a pair's answers must differ"
     return UserError(
         code,
-        f"{edge['source']}{part}: {why}; of {rows} rows, dropped: {counts or 'none'}",
+        f"{edge['source']}{part}: {why}" + (f"; of {rows} rows, dropped: {counts or 'none'}" if rows else ""),
         at=edge["source"],
         place=", ".join(store.name for store in stores.values()),
         help=help,

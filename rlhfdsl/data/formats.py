@@ -275,20 +275,25 @@ class _Parser:
         if isinstance(value, list):
             return self.messages(number, name, value)
         if not self.hh:
-            looks = _TURN.match(value) is not None
             column = self.column(name)
-            missing = name != "messages"
+            pair = name != "messages"
+            if _TURN.match(value):
+                help = 'the text has "Human:" turns: write turns = hh'
+            elif pair:
+                rest = [
+                    c
+                    for c in self.source.columns
+                    if c not in (self.column("chosen"), self.column("rejected"))
+                ]
+                likely = rest[0] if len(rest) == 1 else _likely("prompt", rest)
+                help = f'name the column of the prompt: columns {{ prompt = "{likely}" }}'
+            else:
+                help = 'give a list of {"role": …, "content": …}'
             raise self.error(
-                codes.NO_PROMPT if missing else codes.CELL,
-                f"`{column}` is text, and nothing says where its prompt ends"
-                if missing
-                else f"`{column}` is text, not messages",
+                codes.NO_PROMPT if pair else codes.CELL,
+                f"`{column}` is text, {'and nothing says where its prompt ends' if pair else 'not messages'}",
                 number,
-                'the text has "Human:" turns: write turns = hh'
-                if looks
-                else 'name the column of the prompt: columns { prompt = "…" }'
-                if missing
-                else 'give a list of {"role": …, "content": …}',
+                help,
                 "format",
             )
         messages = split_turns(value)

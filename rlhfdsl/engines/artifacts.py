@@ -52,17 +52,19 @@ def save_model(
 def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     """The state dict of a model whose parameters ZeRO 3 partitions, on the CPU of rank 0; None elsewhere.
 
-    One parameter at a time, so that no device holds the whole model.
+    One parameter at a time, so that no device holds the whole model. Tied weights stay one tensor under two names.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
+    whole: dict[torch.Tensor, torch.Tensor] = {}
+    for parameter in model.parameters():
         with gathered([parameter]):
             if distributed.rank() == 0:
-                weights[name] = parameter.detach().cpu().clone()
+                whole[parameter] = parameter.detach().cpu().clone()
     if distributed.rank() != 0:
         return None
-    return {name: weights.get(name, tensor) for name, tensor in model.state_dict().items()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: whole[names[name]] if name in names else tensor for name, tensor in model.state_dict().items()
+    }
 
 
 def _finish_configs(directory: Path, stop_ids: list[int], pad_id: int | None) -> None:
@@ -73,7 +75,7 @@ def _finish_configs(directory: Path, stop_ids: list[int], pad_id: int | None) ->
     generation = directory / "generation_config.json"
     if generation.exists():
         values = json.loads(generation.read_text())
-        values["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-        values["pad_token_id"] = pad_id if pad_id is not None else stop_ids[0]
+        values["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+        values["pad_token_id"] = pad_id
         values.pop("use_cache", None)
         generation.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,47 +9,17 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from rlhfdsl.language import schema
-from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Label, Span
-from rlhfdsl.language.evaluate import Evaluator, Symbol, Value, describe, to_float, written
-from rlhfdsl.language.recipe import Block, Layer, Origin, Reference, Setting, Source
+from rlhfdsl.language.diagnostics import Diagnostic, Fix, Label, Span
+from rlhfdsl.language.evaluate import Evaluator
+from rlhfdsl.language.recipe import Block, Layer, Origin, Setting
 from rlhfdsl.language.schema import Attr, Definition
 from rlhfdsl.language.source import SourceFile
 from rlhfdsl.language.suggest import listed, nearest
-from rlhfdsl.language.syntax import Attribute, BlockSyntax, Document, Expression, Path, Text, Word
-from rlhfdsl.language.units import Quantity
+from rlhfdsl.language.syntax import Attribute, BlockSyntax, Document, Text, Word
+from rlhfdsl.language.values import INVALID, convert, rename
 
 _RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow", ".gz")
-_INFINITY = float("inf")
 _ONCE = ("recipe", "cluster")
-_WORDS = {"true": "on", "yes": "on", "false": "off", "no": "off", "none": "off", "null": "off"}
-_EXPECTED = {
-    "switch": "`on` or `off`",
-    "off": "`off`",
-    "count": "a whole number",
-    "number": "a number",
-    "ratio": "a ratio",
-    "bytes": "a size in bytes",
-    "duration": "a duration",
-    "text": "a text",
-    "source": "a hub id or a path, in quotes",
-    "list": "a list",
-}
-_USES = {
-    "policy": "a policy",
-    "reward": "a reward model",
-    "rows": "a blend, a part of one, or a data block",
-    "parallel": "a `parallel` block",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Invalid:
-    """In place of a value whose mistake was reported; later checks pass it by."""
-
-
-INVALID = Invalid()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +36,6 @@ def address_of(block: BlockSyntax) -> str:
     if block.kind.text == "stage":
         return f"stage.{words[-1] if words else ''}"
     return f"{block.kind.text}.{words[0]}" if words else block.kind.text
-
-
-def takes(uses: Iterable[str]) -> str:
-    """What a reference must lead to, for a message."""
-    return " or ".join(_USES[use] for use in uses)
 
 
 def check(
@@ -115,7 +79,7 @@ class _Checker:
             inner = [t.rpartition(".")[0] for t in schema.types() if t.count(".") and t.endswith("." + kind)]
             fixes: tuple[Fix, ...] = ()
             if near:
-                help, fixes = f"did you mean {listed(near)}?", (_rename(near[0], node.kind.span),)
+                help, fixes = f"did you mean {listed(near)}?", (rename(near[0], node.kind.span),)
             elif kind in schema.stage_kinds():
                 help = f"a stage is written `stage {kind} {{ … }}`"
             elif inner:
@@ -161,7 +125,7 @@ class _Checker:
         if kind.text not in kinds:
             near = nearest(kind.text, kinds)
             help = f"did you mean {listed(near)}?" if near else f"kinds: {', '.join(kinds)}"
-            fixes = (_rename(near[0], kind.span),) if near else ()
+            fixes = (rename(near[0], kind.span),) if near else ()
             self.report(
                 "E0207", f"there is no kind of stage `{kind.text}`", kind.span, help=help, fixes=fixes
             )
@@ -185,8 +149,10 @@ class _Checker:
         self.report("E0205", message, node.header, help=help)
         return None
 
-    def block(self, node: BlockSyntax, type_: str, kind: str, address: str, name: str | None) -> Block:
-        """A block with its settings, defaults and inner blocks."""
+    def block(
+        self, node: BlockSyntax, type_: str, kind: str, address: str, name: str | None, inside: str = ""
+    ) -> Block:
+        """A block with its settings, defaults and inner blocks; `inside` names one that is not written."""
         definition = schema.definition(type_)
         settings: dict[str, Setting] = {}
         inner: dict[str, Block] = {}
@@ -220,9 +186,8 @@ class _Checker:
                 empty = BlockSyntax(
                     node.kind, (), (), node.header, node.header, node.broken or block in places
                 )
-                inner[block] = self.block(empty, block_type, block, where, None)
+                inner[block] = self.block(empty, block_type, block, where, None, inside=block)
         if self.complete and not node.broken:
-            inside = kind if kind != node.kind.text else ""
             self.missing(definition, address, node.header, places.keys() | excused, inside)
         self.together(definition, address, settings, places)
         ordered = self.with_defaults(definition, settings, name)
@@ -244,7 +209,7 @@ class _Checker:
                     else "it has no inner blocks"
                 )
                 help = f"did you mean {listed(near)}?" if near else known
-                fixes = (_rename(near[0], node.kind.span),) if near else ()
+                fixes = (rename(near[0], node.kind.span),) if near else ()
                 message = f"unknown block `{kind}` in a `{definition.name}` block"
                 self.report("E0301", message, node.kind.span, help=help, fixes=fixes)
             return None
@@ -295,39 +260,39 @@ class _Checker:
     def unknown(
         self, node: Attribute, definition: Definition, taken: set[str], excused: set[str]
     ) -> tuple[str, tuple[Fix, ...]]:
-        """The help for an unknown attribute: its name here or elsewhere, the nearest name, or all names."""
+        """The help for an unknown attribute, and a fix: its name here or elsewhere, the nearest, or all.
+
+        What it most likely stands for goes to `excused`, so that it is not missed as well.
+        """
         name, span = node.path.text, node.path.span
+        for block, (inner, _) in definition.blocks.items():
+            if name in schema.definition(inner).attributes:
+                excused.add(block)
+                return f"`{name}` stands in the block `{block}`: `{block} {{ {name} = … }}`", ()
         aliases = schema.from_alias(definition.type, name)
-        if aliases:
-            type_, right, tools = aliases[0]
-            whose = f"`{name}` ({', '.join(tools)})"
+        for type_, right, tools in aliases[:1]:
+            whose = f"`{name}` ({', '.join(tools)}) is `{right}`"
             if type_ == definition.type:
                 excused.add(right)
-                return f"{whose} is `{right}` here", () if right in taken else (_rename(right, span),)
+                return f"{whose} here", () if right in taken else (rename(right, span),)
             if type_.startswith(definition.type + "."):
                 block = type_.removeprefix(definition.type + ".")
                 excused.add(block)
-                return f"{whose} is `{right}` in the block `{block}` here", ()
+                return f"{whose} in the block `{block}` here", ()
         absent = schema.table()["x-absent"].get(name)
         if absent:
             return str(absent), ()
         if aliases:
-            outer, _, block = type_.rpartition(".") if type_.count(".") > 1 else ("", "", type_)
-            where = (
-                f"the block `{block}` of a `{schema.definition(outer).name}`"
-                if outer
-                else f"a `{schema.definition(type_).name}` block"
-            )
-            return f"{whose} is `{right}` in {where}", ()
-        near = nearest(name, [n for n in (*definition.attributes, *definition.blocks) if n not in taken])
+            return f"{whose} in {_home(type_)}", ()
+        names = [n for n in (*definition.attributes, *definition.blocks) if n not in taken]
+        near = nearest(name, names)
         if near:
             excused.add(near[0])
-            fixes = (_rename(near[0], span),) if near[0] in definition.attributes else ()
+            fixes = (rename(near[0], span),) if near[0] in definition.attributes else ()
             return f"did you mean {listed(near)}?", fixes
-        for block, (type_, _) in definition.blocks.items():
-            if name in schema.definition(type_).attributes:
-                excused.add(block)
-                return f"`{name}` stands in the block `{block}`: `{block} {{ {name} = … }}`", ()
+        homes = [type_ for type_ in schema.types() if name in schema.definition(type_).attributes]
+        if homes:
+            return f"`{name}` stands in {_home(homes[0])}", ()
         return f"attributes: {', '.join([*definition.attributes, *definition.blocks])}", ()
 
     def missing(
@@ -419,18 +384,17 @@ class _Checker:
             if "x-default-from" in attr.table and attr.table["x-default-from"] in written:
                 value = written[attr.table["x-default-from"]].value
             value = tuple(value) if isinstance(value, list) else value
-            settings[key] = Setting(
-                value, None, Origin("default", "", "" if value is None else _shown(value))
-            )
+            settings[key] = Setting(value, None, Origin("default", "", _shown(value, attr)))
         return settings
-
-    # ---- values
 
     def setting(self, attr: Attr, node: Attribute, address: str) -> Setting:
         """The converted value with its origin."""
         expression = node.value
         value = self.evaluator.value(expression)
-        plain: Any = INVALID if value is None else self.convert(attr, expression, value)
+        plain: Any = INVALID if value is None else convert(attr, expression, value, self.blocks)
+        if isinstance(plain, Diagnostic):
+            self.problems.append(plain)
+            plain = INVALID
         given = self.evaluator.given_by(expression)
         source = self.sources[expression.span.file]
         layer: Layer = "param" if given and node.layer == "file" else node.layer
@@ -444,94 +408,13 @@ class _Checker:
         origin = Origin(layer, where, source.slice(expression.span))
         return Setting(plain, expression.span, origin, node.path.span)
 
-    def convert(self, attr: Attr, expression: Expression, value: Value) -> Any:
-        """The value as the first alternative that takes it, or INVALID with a message."""
-        near: Mapping[str, Any] | None = None
-        for alternative in attr.alternatives:
-            fitted = _fit(alternative, value)
-            if fitted is INVALID:
-                continue
-            if _in_range(alternative, fitted):
-                return (
-                    self.source(attr, expression, fitted) if schema.shape(alternative) == "source" else fitted
-                )
-            near = near or alternative
-        notes: tuple[str, ...] = ()
-        if isinstance(expression, Path) and expression.words[0].text == "param":
-            notes = (f"`{expression.text}` is {written(value)}",)
-        if near is not None:
-            help = f"for example `{attr.example}`"
-            if schema.shape(near) == "ratio" and isinstance(value, Quantity) and 1 < value.value <= 100:
-                help = f"did you mean {written(value)}%?"
-            message = f"`{attr.name}` must be {_range(near)}"
-            self.report(
-                "E0307", message, expression.span, f"this is {written(value)}", help=help, notes=notes
-            )
-            return INVALID
-        self.mismatch(attr, expression, value, notes)
-        return INVALID
 
-    def mismatch(self, attr: Attr, expression: Expression, value: Value, notes: tuple[str, ...]) -> None:
-        """The message for a value that no alternative takes."""
-        shapes = {schema.shape(alternative) for alternative in attr.alternatives}
-        words = [word for alternative in attr.alternatives for word in _words(alternative)]
-        expected = _expected(attr)
-        label, help = f"this is {describe(value)}", f"for example `{attr.example}`"
-        code = "E0306"
-        fixes: tuple[Fix, ...] = ()
-        span = expression.span
-        if isinstance(value, Symbol) and words:
-            code = "E0304"
-            label = ""
-            near = (
-                [_WORDS[value.text.lower()]]
-                if _WORDS.get(value.text.lower()) in words
-                else nearest(value.text, words)
-            )
-            help = f"did you mean {listed(near)}?" if near else help
-            fixes = (_rename(near[0], span),) if near else ()
-        elif isinstance(value, Symbol) and shapes & {"text", "source"}:
-            help = f'a text is quoted: write "{value.text}"'
-            fixes = (Fix("quote it", (Edit(span, f'"{value.text}"'),)),)
-        elif isinstance(value, str) and value in words:
-            help = f"write it without quotes: `{value}`"
-            fixes = (Fix("take the quotes off", (Edit(span, value),)),)
-        elif isinstance(value, Quantity) and shapes & {"count", "number", "ratio", "bytes", "duration"}:
-            if value.unit not in ("", "count") or shapes <= {"bytes", "duration"}:
-                code = "E0309"
-            elif "count" in shapes and not value.whole:
-                label = "this is not whole"
-        elif isinstance(value, Symbol) and "reference" in shapes:
-            kinds = [address for address in self.blocks if address.endswith("." + value.text)]
-            help = (
-                f"a reference has a dot: `{kinds[0]}`"
-                if kinds
-                else f"a reference has a dot: `{attr.example}`"
-            )
-        message = f"`{attr.name}` takes {expected}, not {describe(value)}"
-        self.report(code, message, span, label, help=help, notes=notes, fixes=fixes)
-
-    def source(self, attr: Attr, expression: Expression, text: str) -> Any:
-        """A `from`: a path when it begins like one, else a hub id."""
-        if text.startswith(("./", "../", "/")):
-            return Source("path", text, posixpath.normpath(text))
-        suffix = PurePosixPath(text).suffix
-        if suffix in _FILE_ENDINGS or not _HUB_ID.fullmatch(text):
-            message = f"`{text}` is no hub id (`org/name`), and a path begins with ./ ../ or /"
-            fixable = bool(text) and not text.startswith("~")
-            help = (
-                f'write "./{text}" for a file beside the recipe'
-                if fixable
-                else f"for example `{attr.example}`"
-            )
-            fixes = (Fix("make it a path", (Edit(expression.span, f'"./{text}"'),)),) if fixable else ()
-            self.report("E0317", message, expression.span, help=help, fixes=fixes)
-            return INVALID
-        return Source("hub", text)
-
-
-def _rename(name: str, span: Span) -> Fix:
-    return Fix(f"write `{name}`", (Edit(span, name),))
+def _home(type_: str) -> str:
+    """A type of block, for a message: `a parallel block`, `the block kl of a stage ppo`."""
+    outer, _, block = type_.rpartition(".")
+    if outer in ("", "stage"):
+        return f"a `{schema.definition(type_).name}` block"
+    return f"the block `{block}` of a `{schema.definition(outer).name}`"
 
 
 def _place(source: SourceFile, span: Span) -> str:
@@ -539,92 +422,13 @@ def _place(source: SourceFile, span: Span) -> str:
     return f"{PurePosixPath(source.name).name}:{line}:{column}"
 
 
-def _words(alternative: Mapping[str, Any]) -> list[str]:
-    return {"symbol": list(alternative.get("enum", ())), "switch": ["on", "off"], "off": ["off"]}.get(
-        schema.shape(alternative), []
-    )
-
-
-def _expected(attr: Attr) -> str:
-    parts = []
-    for alternative in attr.alternatives:
-        shape = schema.shape(alternative)
-        if shape == "symbol":
-            parts.append(("" if len(alternative["enum"]) == 1 else "one of ") + listed(alternative["enum"]))
-        elif shape == "reference":
-            parts.append("a reference to " + takes(alternative["x-reference"]))
-        elif shape == "list":
-            parts.append(f"a list of {alternative['minItems']} numbers")
-        else:
-            parts.append(_EXPECTED[shape])
-    return " or ".join(parts)
-
-
-def _fit(alternative: Mapping[str, Any], value: Value) -> Any:
-    """The plain value in an alternative, without its range; INVALID when the alternative does not take it."""
-    match schema.shape(alternative), value:
-        case "symbol", Symbol(text=text) if text in alternative["enum"]:
-            return text
-        case "off", Symbol(text="off"):
-            return None
-        case "switch", Symbol(text="on" | "off" as text):
-            return text == "on"
-        case "count", Quantity(unit="" | "count", whole=True):
-            return int(value.value)
-        case "number", Quantity(unit="" | "count"):
-            return to_float(value)
-        case "ratio", Quantity(unit="" | "ratio"):
-            return to_float(value)
-        case "bytes", Quantity(unit="bytes", whole=True):
-            return int(value.value)
-        case "duration", Quantity(unit="duration"):
-            return to_float(value)
-        case (("text" | "source"), str()):
-            return value
-        case "reference", Path(words=words) if len(words) in (2, 3):
-            address = ".".join(word.text for word in words[:2])
-            return Reference(address, words[2].text if len(words) == 3 else None)
-        case "list", tuple():
-            items = [_fit(alternative["items"], item) for item in value]
-            return INVALID if INVALID in items else tuple(items)
-        case _:
-            return INVALID
-
-
-def _in_range(alternative: Mapping[str, Any], value: Any) -> bool:
-    if isinstance(value, tuple):
-        fits = bool(alternative["minItems"] <= len(value) <= alternative["maxItems"])
-        return fits and all(_in_range(alternative["items"], item) for item in value)
-    if isinstance(value, str):
-        return bool(len(value) >= alternative.get("minLength", 0))
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return True
-    low, high = alternative.get("minimum", value), alternative.get("maximum", value)
-    above, below = (
-        alternative.get("exclusiveMinimum", -_INFINITY),
-        alternative.get("exclusiveMaximum", _INFINITY),
-    )
-    return bool(low <= value <= high and above < value < below)
-
-
-def _range(alternative: Mapping[str, Any]) -> str:
-    if schema.shape(alternative) == "list":
-        return f"{alternative['minItems']} numbers, each {_range(alternative['items'])}"
-    if schema.shape(alternative) == "text":
-        return "a text that is not empty"
-    low, high, above, below = (
-        f"{alternative[key]:_}" if key in alternative else None
-        for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-    )
-    parts = [f"at least {low}"] if low is not None else [f"above {above}"] if above is not None else []
-    parts += [f"at most {high}"] if high is not None else [f"below {below}"] if below is not None else []
-    return f"from {low} to {high}" if low is not None and high is not None else " and ".join(parts)
-
-
-def _shown(value: Any) -> str:
-    """A default as a recipe would write it."""
+def _shown(value: Any, attr: Attr) -> str:
+    """A default as a recipe would write it; empty for none."""
+    if value is None:
+        words = [schema.none_word(a) for a in attr.alternatives if schema.shape(a) == "none"]
+        return words[0] if words else ""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return "[" + ", ".join(_shown(item) for item in value) + "]"
+        return "[" + ", ".join(_shown(item, attr) for item in value) + "]"
     return str(value)

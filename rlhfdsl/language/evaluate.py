@@ -69,7 +69,7 @@ def written(value: Value) -> str:
     match value:
         case Quantity(unit=unit):
             number = float(value.value * 100) if unit == "ratio" else to_float(value)
-            text = str(int(number)) if number == int(number) and abs(number) < 1e15 else repr(number)
+            text = str(int(number)) if abs(number) < 1e15 and number == int(number) else repr(number)
             return text + {"ratio": "%", "bytes": "B", "duration": "s"}.get(unit, "")
         case Symbol(text=text):
             return f"`{text}`"

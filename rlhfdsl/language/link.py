@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from rlhfdsl.language import schema
-from rlhfdsl.language.check import takes
 from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Label, Span
 from rlhfdsl.language.recipe import Block, Reference, Setting
 from rlhfdsl.language.suggest import listed, nearest
+from rlhfdsl.language.values import takes
 
 
 def references(block: Block) -> Iterator[tuple[Block, str, Setting, Reference]]:

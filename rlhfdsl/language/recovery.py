@@ -30,7 +30,6 @@ _CLOSERS = ("RSQB", "RPAR", "RBRACE")
 _REPAIRS = {
     "E0104": ("COMMA", True),
     "E0106": ("EQUAL", False),
-    "E0112": ("", False),
     "E0113": ("COMMA", True),
     "E0114": ("", False),
     "E0116": ("_NL", True),

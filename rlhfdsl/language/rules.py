@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rlhfdsl.language.diagnostics import Diagnostic, Label, Span
 from rlhfdsl.language.recipe import Block, Reference, Source
+from rlhfdsl.language.schema import definition
 from rlhfdsl.language.suggest import either, listed, nearest
 
 # What each stage reads of a row, by the format of its source.
@@ -34,7 +35,7 @@ def sums(blocks: Blocks) -> Found:
     """The shares of a mix and of a split make 100 %."""
     for blend in blocks.values():
         for inner in blend.blocks.values():
-            if inner.kind not in ("mix", "split") or not inner.settings:
+            if "x-sum" not in definition(inner.type).table or not inner.settings:
                 continue
             shares = [setting.value for setting in inner.settings.values()]
             if not all(isinstance(share, float) for share in shares):

@@ -130,11 +130,11 @@ def _attr(name: str, value: Mapping[str, Any]) -> Attr:
 
 
 def shape(alternative: Mapping[str, Any]) -> str:
-    """What an alternative takes: symbol, off, switch, a unit, number, text, source, reference or list."""
+    """What an alternative takes: symbol, none, switch, a unit, number, text, source, reference or list."""
     if "enum" in alternative:
         return "symbol"
     if "const" in alternative:
-        return "off"
+        return "none"
     if "x-reference" in alternative:
         return "reference"
     if alternative.get("x-source"):
@@ -142,6 +142,11 @@ def shape(alternative: Mapping[str, Any]) -> str:
     kind = alternative["type"]
     names = {"boolean": "switch", "integer": "count", "string": "text", "array": "list"}
     return str(alternative.get("x-unit") or names.get(kind, "number"))
+
+
+def none_word(alternative: Mapping[str, Any]) -> str:
+    """The word for an alternative without a value: `off`, or another that the table names."""
+    return str(alternative.get("x-word", "off"))
 
 
 def from_alias(type_: str, alias: str) -> list[tuple[str, str, tuple[str, ...]]]:

@@ -172,7 +172,8 @@ class Wording:
         if code in ("E0103", "E0112") and token == "_NL":
             below = self.text[at:].lstrip()[:1] == "{"
             return "E0112" if below or opener is None or self.deeper(at) else "E0103"
-        if token == "EQUAL" and _TWO_NAMES.search(self.text, 0, at) and self.closes_on_line(at):
+        line = self.text.rfind("\n", 0, at) + 1
+        if token == "EQUAL" and _TWO_NAMES.search(self.text, line, at) and self.closes_on_line(at):
             return "E0112"
         if code in ("E0113", "E0116") and token in ("NAME", "COMMA"):
             code = "E0116" if opener is None else "E0113"

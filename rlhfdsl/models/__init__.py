@@ -1,0 +1,1 @@
+"""Models and tokenizers: loading, scalar heads, models from scratch, forward inputs, chat templates."""

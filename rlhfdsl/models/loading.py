@@ -84,7 +84,7 @@ def make_scratch(entry: dict, base: Path, directory: Path, seed: int) -> None:
     number of ranks they would be drawn differently.
     """
     tokenizer = load_tokenizer(entry, base)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
     config = scratch_config(
         entry["arch"], pad_id=pad, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id
     )

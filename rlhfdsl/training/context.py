@@ -61,8 +61,7 @@ class Context:
     @property
     def pad_id(self) -> int:
         """What fills the end of a row. It decides nothing: masks come from lengths."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.stop_ids[0]
+        return self.tokenizer.pad_token_id or 0
 
     def rows(self, edge: str) -> Sequence[Any]:
         """The rendered and tokenised rows of an edge (`train`, `eval`, `ptx`); empty when the stage has none."""

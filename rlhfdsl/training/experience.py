@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rlhfdsl.models.inputs import length_mask
 
@@ -60,3 +62,9 @@ def at_answers(per_token: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tenso
     """
     columns = prompt_lengths.unsqueeze(1) - 1 + torch.arange(mask.shape[1], device=mask.device)
     return per_token.gather(1, columns.clamp(max=per_token.shape[1] - 1)).masked_fill(~mask, 0.0)
+
+
+def joined(parts: Sequence[Tensor], fill: float) -> Tensor:
+    """Stack [Bi, Ti] tensors into [sum of Bi, longest Ti], the shorter ones filled on the right."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])

@@ -39,7 +39,7 @@ from rlhfdsl.training.advantages import (
     whiten,
 )
 from rlhfdsl.training.context import Context, micro_batches
-from rlhfdsl.training.experience import Experience, answer_mask, at_answers
+from rlhfdsl.training.experience import Experience, answer_mask, at_answers, joined
 from rlhfdsl.training.losses import (
     entropies,
     kl_estimate,
@@ -66,12 +66,23 @@ class Engines:
 class Trainer:
     """PPO over a set of engines: `generate_experience`, then `train_step`.
 
-    settings: the `settings` of a ppo stage in the plan. stop_ids end an answer; pad_id fills rows and decides nothing.
+    settings: the `settings` of a ppo stage in the plan. at_once: sequences that one rank samples at a time (what its
+    KV cache has room for). stop_ids end an answer; pad_id fills rows and decides nothing.
     """
 
-    def __init__(self, engines: Engines, settings: dict[str, Any], *, stop_ids: tuple[int, ...], pad_id: int, seed: int):
+    def __init__(
+        self,
+        engines: Engines,
+        settings: dict[str, Any],
+        *,
+        at_once: int,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        seed: int,
+    ):
         self.engines = engines
         self.settings = settings
+        self.at_once = at_once
         self.stop_ids, self.pad_id, self.seed = stop_ids, pad_id, seed
         self.device = engines.actor.device
         self.kl_coefficient: float = settings["kl"]["coef"]
@@ -87,15 +98,11 @@ class Trainer:
 
     # -- sampling and scoring ------------------------------------------------------------------------------------
 
-    def sample(self, prompts: Sequence[Prompt], rows: Sequence[int], rollout: int, answers: int) -> Rollout:
-        """Sample `answers` answers to each prompt; `rows` are the prompts' numbers in the global batch."""
-        ids, mask = left_padded([prompt.ids for prompt in prompts], self.pad_id)
-        numbers = torch.tensor(rows).unsqueeze(1) * answers + torch.arange(answers)
-        request = Prompts(
-            prompt_ids=ids.to(self.device),
-            prompt_attention_mask=mask.to(self.device),
-            seeds=row_seeds(self.seed, rollout, numbers.flatten()).to(self.device),
-        )
+    def sample(self, prompts: Sequence[Prompt], rows: Sequence[int], rollout: int, answers: int) -> list[Rollout]:
+        """Sample `answers` answers to each prompt; `rows` are the prompts' numbers in the global batch.
+
+        Returns one `Rollout` for each `at_once` sequences.
+        """
         sampling = Sampling(
             max_new_tokens=self.settings["rollout"]["answer"],
             temperature=self.temperature,
@@ -103,7 +110,17 @@ class Trainer:
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
         )
-        return self.engines.actor.generate(request, sampling)
+        rollouts = []
+        for chosen in micro_batches(range(len(prompts)), max(self.at_once // answers, 1)):
+            ids, mask = left_padded([prompts[i].ids for i in chosen], self.pad_id)
+            numbers = torch.tensor([rows[i] for i in chosen]).unsqueeze(1) * answers + torch.arange(answers)
+            request = Prompts(
+                prompt_ids=ids.to(self.device),
+                prompt_attention_mask=mask.to(self.device),
+                seeds=row_seeds(self.seed, rollout, numbers.flatten()).to(self.device),
+            )
+            rollouts.append(self.engines.actor.generate(request, sampling))
+        return rollouts
 
     @torch.no_grad()
     def generate_experience(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> tuple[Experience, dict[str, float]]:
@@ -112,9 +129,9 @@ class Trainer:
         Returns the experience and the rollout's metrics, the same on every rank.
         """
         started = time.perf_counter()
-        rollout = self.sample(prompts, rows, self.rollouts, self.settings["rollout"]["answers"])
+        rollouts = self.sample(prompts, rows, self.rollouts, self.settings["rollout"]["answers"])
         sampled = time.perf_counter()
-        experience = self.score(rollout)
+        experience = self.score(rollouts)
         metrics = self._rollout_metrics(experience)
         metrics["seconds_generate"] = sampled - started
         metrics["seconds_score"] = time.perf_counter() - sampled
@@ -123,10 +140,14 @@ class Trainer:
         return experience, metrics
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> Experience:
+    def score(self, rollouts: Sequence[Rollout]) -> Experience:
         """Read sampled answers with all four models and turn them into rewards and advantages."""
-        ids, prompt_lengths, lengths = rollout.right_padded(self.pad_id)
+        parts = [rollout.right_padded(self.pad_id) for rollout in rollouts]
+        ids = joined([part[0] for part in parts], self.pad_id)
+        prompt_lengths, lengths = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+        ended = torch.cat([rollout.ended for rollout in rollouts])
         mask = answer_mask(prompt_lengths, lengths)
+        rollout_log_probs = joined([rollout.log_probs for rollout in rollouts], 0)[:, : mask.shape[1]]
         engines = self.engines
         for engine in (engines.actor, engines.critic, engines.ref, engines.reward):
             engine.eval()
@@ -140,16 +161,15 @@ class Trainer:
         scores = (raw - self.reward_mean) / self.reward_std
         kl = self.settings["kl"]
         penalty = kl_estimate(log_probs, ref_log_probs, kl["estimator"]) if kl["apply"] == "reward" else log_probs * 0
-        rewards = token_rewards(self._shaped(scores, rollout.ended), penalty, mask, self.kl_coefficient)
+        rewards = token_rewards(self._shaped(scores, ended), penalty, mask, self.kl_coefficient)
         update = self.settings["update"]
         advantages, returns = advantages_and_returns(rewards, values, mask, update["gamma"], update["lambda"])
         if update["whiten"]:
             advantages = whiten(advantages, mask, all_sum)
         return Experience(
-            ids=ids, prompt_lengths=prompt_lengths, lengths=lengths, ended=rollout.ended, mask=mask,
-            rollout_log_probs=rollout.log_probs[:, : mask.shape[1]], log_probs=log_probs,
-            ref_log_probs=ref_log_probs, values=values, scores=scores, rewards=rewards,
-            advantages=advantages, returns=returns,
+            ids=ids, prompt_lengths=prompt_lengths, lengths=lengths, ended=ended, mask=mask,
+            rollout_log_probs=rollout_log_probs, log_probs=log_probs, ref_log_probs=ref_log_probs,
+            values=values, scores=scores, rewards=rewards, advantages=advantages, returns=returns,
         )  # fmt: skip
 
     def _shaped(self, scores: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
@@ -372,8 +392,9 @@ def run(context: Context) -> dict[str, float]:
     )
     settings, batch = context.settings, context.stage["batch"]
     trainer = Trainer(
-        engines, settings, stop_ids=context.stop_ids, pad_id=context.pad_id, seed=context.seed
-    )
+        engines, settings, at_once=batch["generate_per_rank"],
+        stop_ids=context.stop_ids, pad_id=context.pad_id, seed=context.seed,
+    )  # fmt: skip
     decay = engines.actor.spec["ema"]
     if decay is not None:
         trainer.average = MovingAverage(engines.actor, decay)

@@ -162,6 +162,6 @@ def test_a_share_of_nothing_is_an_error(folder):
         folder.load("blend.b", "prompt")
     assert (caught.value.at, caught.value.place) == ("blend.b", "c.jsonl")
     folder.blend({"": {"data.a": 1.0}}, {"x": 0.999999, "y": 0.000001})
-    with pytest.raises(UserError, match=r"E0632.*part y: no row is left; of 0 rows") as caught:
+    with pytest.raises(UserError, match=r"E0632.*part y: no row of `a.jsonl` falls in it") as caught:
         folder.load("blend.b", "prompt", part="y")
     assert "larger share" in caught.value.help

@@ -282,6 +282,8 @@ def test_text_pairs_without_a_prompt(folder):
     assert "turns = hh" in error.help
     error = refused(folder, [{"chosen": "a", "rejected": "b"}], "preference")
     assert 'columns { prompt = "…" }' in error.help
+    error = refused(folder, [{"chosen": "a", "rejected": "b", "title": "q"}], "preference")
+    assert 'columns { prompt = "title" }' in error.help
 
 
 @pytest.mark.parametrize(

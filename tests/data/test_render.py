@@ -176,6 +176,17 @@ def test_a_template_that_takes_reasoning_out_of_earlier_answers(folder, say):
     )  # fmt: skip
 
 
+def test_an_earlier_answer_without_an_end_cannot_be_found(folder, say):
+    folder.chatml(
+        "{% for m in messages %}{{ m.role[0] + m.content }}"
+        "{% if loop.last and m.role == 'assistant' %}!{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    rows = [{"messages": [say.user("q"), say.bot("x"), say.user("r"), say.bot("y")]}]
+    with pytest.raises(UserError, match="E0841"):
+        folder.rows(rows, "chat", "chat", model="model.chat")
+
+
 def test_a_template_that_rewrites_the_prompt_is_an_error(folder, say):
     folder.chatml(
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -185,7 +196,7 @@ def test_a_template_that_rewrites_the_prompt_is_an_error(folder, say):
         ("chat", "chat", {"messages": [say.user("q"), say.bot("a")]}),
         ("preference", "preference", {"prompt": "q", "chosen": "a", "rejected": "b"}),
     ):
-        with pytest.raises(UserError, match="E0831") as caught:
+        with pytest.raises(UserError, match="E0841") as caught:
             folder.rows([row], format, read, model="model.chat")
         assert (caught.value.place, caught.value.at) == ("own.jsonl:1", "model.chat.template")
 
@@ -196,7 +207,7 @@ def test_a_conversation_that_the_template_refuses_is_named(folder, say):
         "{% endif %}{{ m.content }}{% endfor %}"
     )
     rows = [{"prompt": [say.user("q")]}, {"prompt": [say.system("s"), say.user("q")]}]
-    with pytest.raises(UserError, match="E0830.*System role not supported") as caught:
+    with pytest.raises(UserError, match="E0840.*System role not supported") as caught:
         folder.rows(rows, "prompt", "prompt", model="model.chat")
     assert (caught.value.place, caught.value.at) == ("own.jsonl:2", "model.chat.template")
     assert "human_assistant" in caught.value.help

@@ -97,6 +97,7 @@ def test_json_has_lines_and_offsets():
         ("init_kl_coef", "`coef` in the block `kl` of a `stage ppo`"),
         ("zero_stage", "`zero` in a `parallel` block"),
         ("per_device_train_batch_size", "`micro` in a `parallel` block"),
+        ("gpus", "in a `cluster` block"),
         ("top_p", "breaks the ratio"),
         ("log", "`every { log = … }`"),
     ],

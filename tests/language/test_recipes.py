@@ -79,7 +79,8 @@ def test_the_sample():
     own, base = recipe.find("data.own"), recipe.find("model.base")
     assert own is not None and own["from"] == Source("path", "./data/own.jsonl", "data/own.jsonl")
     assert base is not None and base["from"] == Source("hub", "facebook/opt-1.3b", None)
-    assert own["rows"] is None and own["split"] == "train" and own["turns"] == "none"
+    assert own["rows"] is None and own.setting("rows").origin.text == "all"
+    assert own["split"] == "train" and own["turns"] == "none"
 
 
 def test_arithmetic_and_parameters():

@@ -12,13 +12,17 @@ import pytest
 from corpus import CORPUS, OK
 
 from rlhfdsl.language import Block, Recipe, Reference, Source, load, schema
-from rlhfdsl.language.check import INVALID, _fit, _in_range
 from rlhfdsl.language.evaluate import Evaluator, Symbol
 from rlhfdsl.language.parser import parse_assignment
 from rlhfdsl.language.source import SourceFile
 from rlhfdsl.language.units import Quantity, read_number
+from rlhfdsl.language.values import INVALID, fit, in_range
 
 TABLE = schema.table()
+TOOLS = (
+    *("DeepSpeed", "DeepSpeed-Chat", "TRL", "OpenRLHF", "verl", "axolotl", "LLaMA-Factory"),
+    *("transformers", "accelerate"),
+)
 VALIDATOR = jsonschema.Draft202012Validator(TABLE)
 
 
@@ -103,10 +107,7 @@ def test_every_attribute_is_described():
         assert attr.doc and not attr.doc.endswith("."), where
         assert attr.table["x-affects"] in ("result", "speed", "none"), where
         assert attr.table.get("examples"), where
-        for tool, names in attr.aliases.items():
-            assert tool in {
-                "DeepSpeed-Chat", "TRL", "OpenRLHF", "verl", "axolotl", "LLaMA-Factory", "transformers",
-            } and names, where  # fmt: skip
+        assert all(tool in TOOLS and names for tool, names in attr.aliases.items()), where
     for type_ in schema.types():
         assert TABLE["$defs"][type_]["description"].endswith(".")
 
@@ -120,8 +121,8 @@ def test_examples_and_defaults_are_right_values(type_: str, attr: schema.Attr):
     assert assignment is not None and problems == []
     value = Evaluator({}, {}, problems, True).value(assignment.value)
     assert value is not None and problems == []
-    fits = [(a, _fit(a, value)) for a in attr.alternatives]
-    assert any(found is not INVALID and _in_range(a, found) for a, found in fits)
+    fits = [(a, fit(a, value)) for a in attr.alternatives]
+    assert any(found is not INVALID and in_range(a, found) for a, found in fits)
 
 
 def probes(alternative: dict[str, Any]) -> list[float]:
@@ -140,8 +141,8 @@ def test_the_checker_and_jsonschema_draw_the_same_ranges(type_: str, attr: schem
             quantity = read_number(f"{abs(probe):.10f}")
             assert isinstance(quantity, Quantity)
             value = Quantity(quantity.value if probe >= 0 else -quantity.value)
-            fitted = _fit(alternative, value)
-            accepted = fitted is not INVALID and _in_range(alternative, fitted)
+            fitted = fit(alternative, value)
+            accepted = fitted is not INVALID and in_range(alternative, fitted)
             assert accepted == validator.is_valid(probe), (alternative, probe)
 
 
@@ -149,8 +150,8 @@ def test_words_mean_what_the_table_says():
     for _, attr in attributes():
         for alternative in attr.alternatives:
             if schema.shape(alternative) == "symbol":
-                assert all(_fit(alternative, Symbol(word)) == word for word in alternative["enum"])
-                assert _fit(alternative, Symbol("nonsense")) is INVALID
+                assert all(fit(alternative, Symbol(word)) == word for word in alternative["enum"])
+                assert fit(alternative, Symbol("nonsense")) is INVALID
 
 
 def test_the_good_corpus_writes_every_attribute():

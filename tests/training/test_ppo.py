@@ -38,14 +38,14 @@ def other_source(tmp_path_factory) -> str:
     return scratch(tmp_path_factory.mktemp("other") / "small", seed=2)
 
 
-def trainer(source, other, settings=SETTINGS, micro=3, dropout=0.0, **actor):
+def trainer(source, other, settings=SETTINGS, micro=3, dropout=0.0, at_once=3, **actor):
     engines = Engines(
         actor=engine(HybridEngine, source, spec(micro=micro, lr=1e-2, dropout=dropout, **actor)),
         critic=engine(ScalarEngine, other, spec("critic", micro=micro, lr=1e-2), seed=11),
         ref=engine(PolicyEngine, other, spec("ref", trains=False, micro=2)),
         reward=engine(ScalarEngine, source, spec("reward", trains=False, micro=3), seed=12),
     )
-    return Trainer(engines, settings, stop_ids=STOP, pad_id=258, seed=5)
+    return Trainer(engines, settings, at_once=at_once, stop_ids=STOP, pad_id=258, seed=5)
 
 
 def settings(**changes):
@@ -231,8 +231,9 @@ def test_several_answers_to_a_prompt_are_different_and_adjacent(source, other_so
 
 def test_an_answer_does_not_depend_on_its_neighbours(source, other_source):
     one = trainer(source, other_source)
-    together = one.sample(prompts(), [0, 1, 2, 3], 7, 1)
-    alone = one.sample(prompts()[2:3], [2], 7, 1)
+    one.at_once = 4
+    (together,) = one.sample(prompts(), [0, 1, 2, 3], 7, 1)
+    (alone,) = one.sample(prompts()[2:3], [2], 7, 1)
     size = int(together.answer_lengths[2])
     assert alone.input_ids[0, -size:].tolist() == together.input_ids[2, 8 : 8 + size].tolist()
 

@@ -1,0 +1,86 @@
+"""The whole pipeline at ZeRO 0, 2 and 3, on one rank and on two: the same numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from base64 import urlsafe_b64encode
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline import plan, run_here, write_recipe
+from safetensors.torch import load_file
+
+from rlhfdsl.engines.distributed import free_port
+from rlhfdsl.running.metrics import read_metrics
+
+ZERO = ("0", "2", "3")
+# What is compared: everything that learning decides, not times.
+NUMBERS = (
+    "loss", "grad_norm", "accuracy", "margin", "score", "kl", "reward", "length", "ended", "policy_loss", "value_loss",
+    "entropy", "ptx_loss", "explained_variance", "approximate_kl", "eval_loss", "eval_accuracy", "eval_score", "eval_kl",
+    "eval_gain", "eval_win_rate", "ema_eval_score",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_recipe(folder)
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        for zero in ZERO:
+            sets = [f"parallel.shard.zero={zero}", f'recipe.output="runs/1-{zero}"']
+            run_here(plan(folder / "small.rlhf", *sets), folder)
+    finally:
+        os.chdir(here)
+    launch = [
+        sys.executable, "-m", "deepspeed.launcher.launch",
+        f"--world_info={urlsafe_b64encode(json.dumps({'localhost': [0, 1]}).encode()).decode()}",
+        "--master_addr=127.0.0.1", f"--master_port={free_port()}",
+        str(Path(__file__).parents[1] / "pipeline.py"), str(folder), "2", *ZERO,
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "runs"
+
+
+def curves(run: Path) -> dict[tuple, float]:
+    found = {}
+    for stage in ("sft", "reward", "ppo"):
+        for number, event in enumerate(read_metrics(run / stage / "metrics.jsonl")):
+            for name in NUMBERS:
+                if event.get(name) is not None:
+                    found[stage, number, event["event"], name] = event[name]
+    return found
+
+
+@pytest.mark.parametrize("run", [f"{gpus}-{zero}" for gpus in (1, 2) for zero in ZERO if (gpus, zero) != (1, "0")])
+def test_numbers_equal_those_of_one_rank_at_stage_0(runs, run):
+    expected, found = curves(runs / "1-0"), curves(runs / run)
+    assert found.keys() == expected.keys() and len(found) > 70
+    worst = max(found, key=lambda key: abs(found[key] - expected[key]))
+    assert found == pytest.approx(expected, abs=2e-3, rel=2e-3), worst
+
+
+@pytest.mark.parametrize("artifact", ["sft/model", "reward/model", "ppo/actor", "ppo/actor-ema", "ppo/critic"])
+@pytest.mark.parametrize("run", ["2-0", "2-2", "2-3"])
+def test_weights_equal_those_of_one_rank(runs, run, artifact):
+    expected = load_file(runs / "1-0" / artifact / "model.safetensors")
+    found = load_file(runs / run / artifact / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-3, rtol=1e-2)
+
+
+def test_the_average_is_neither_the_start_nor_the_end(runs):
+    sft, actor, average = (
+        load_file(runs / "1-2" / path / "model.safetensors") for path in ("sft/model", "ppo/actor", "ppo/actor-ema")
+    )
+    for name in actor:
+        if actor[name].dim() == 2:
+            assert 0 < (average[name] - sft[name]).norm() < (actor[name] - sft[name]).norm()

@@ -1,0 +1,201 @@
+"""`rlhf run` as its user meets it: folders, repetition, failures, interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from pipeline import RECIPE, plan, write_recipe
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhfdsl.running.metrics import MetricsFollower, MetricsWriter, read_metrics
+from rlhfdsl.running.supervisor import stage_key
+
+SFT_ONLY = RECIPE[: RECIPE.index("stage reward")].replace("reward = 30%, ppo = 25%", "rest = 55%")
+
+
+def rlhf(*arguments: str, folder: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-m", "rlhfdsl", *arguments], cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("run")
+    write_recipe(folder)
+    done = rlhf("run", "small.rlhf", "--gpu", "cpu", folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+def test_everything_is_where_the_plan_says(finished):
+    folder, _ = finished
+    run = folder / "runs" / "small"
+    saved = json.loads((run / "plan.json").read_text())
+    for stage in saved["stages"]:
+        output = folder / stage["output"]
+        assert {"metrics.jsonl", "result.json", "log.txt"} <= {path.name for path in output.iterdir()}
+        for path in stage["artifacts"].values():
+            names = {p.name for p in (folder / path).iterdir()}
+            assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert not list(folder.rglob("*.partial"))
+    events = read_metrics(run / "ppo" / "metrics.jsonl")
+    assert [e["event"] for e in events if e["event"] != "sample"] == [
+        "start", "eval", "invariants", "update", "update", "eval", "update", "eval", "eval", "end",
+    ]  # fmt: skip
+    update = next(e for e in events if e["event"] == "update")
+    assert all(value is not None for value in update.values())
+    lines = [json.loads(line) for line in (run / "ppo" / "samples.jsonl").read_text().splitlines()]
+    assert {line["rollout"] for line in lines} == {1, 2, 3}
+    answers = [json.loads(line) for line in (run / "ppo" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == saved["stages"][2]["edges"]["eval"]["facts"]["used"]
+    assert answers[0]["prompt"].strip().startswith("<bos>\n\nHuman: What is a")
+
+
+def test_models_load_in_plain_transformers(finished):
+    folder, _ = finished
+    for name in ("sft/model", "ppo/actor", "ppo/actor-ema"):
+        path = folder / "runs/small" / name
+        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "What is a yew to a fir?"}], add_generation_prompt=True, return_tensors="pt"
+        )
+        assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 4
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "runs/small/reward/model")
+    assert reward.config.num_labels == 1 and reward.config.reward_std > 0
+
+
+def test_a_second_run_is_cached_and_a_changed_stage_runs_alone(finished):
+    folder, _ = finished
+    again = rlhf("run", "small.rlhf", "--gpu", "cpu", folder=folder)
+    assert again.returncode == 0 and again.stdout.count("cached") == 3
+    sets = ("--set", "stage.ppo.kl.coef=0.5", "--set", "stage.sft.every.log=3")
+    changed = rlhf("run", "small.rlhf", "--gpu", "cpu", *sets, folder=folder)
+    assert changed.returncode == 0, changed.stderr
+    assert changed.stdout.count("cached") == 2
+    assert (folder / "runs/small/ppo").is_dir() and (folder / "runs/small/ppo.1").is_dir()  # nothing is lost
+
+
+def test_chat_with_the_run(finished):
+    folder, _ = finished
+    command = [sys.executable, "-m", "rlhfdsl", "chat", "runs/small", "--tokens", "5", "--seed", "1"]
+    done = subprocess.run(
+        command, cwd=folder, input="What is an oak?\n/new\nAnd an elm?\n", capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+    wrong = rlhf("chat", "runs/small", "--stage", "reward", folder=folder)
+    assert wrong.returncode == 1 and "makes no policy" in wrong.stderr and "ready: sft, ppo" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    nowhere = rlhf("chat", "runs/other", folder=folder)
+    assert nowhere.returncode == 1 and "neither a run nor a model" in nowhere.stderr
+
+
+def test_a_saved_plan_runs_without_its_recipe(finished, tmp_path):
+    folder, _ = finished
+    write_recipe(tmp_path, SFT_ONLY)
+    made = rlhf("plan", "small.rlhf", "--gpu", "cpu", "-o", "plan.json", folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "small.rlhf").unlink()
+    (tmp_path / "rlhf.lock").unlink()
+    done = rlhf("run", "plan.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/small/sft/model/model.safetensors").exists()
+
+
+def test_a_broken_plan_is_one_diagnostic(tmp_path):
+    (tmp_path / "plan.json").write_text('{"format_version": "1.0"}')
+    done = rlhf("run", "plan.json", folder=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "E0720" in done.stderr
+    (tmp_path / "plan.json").write_text("{")
+    done = rlhf("run", "plan.json", folder=tmp_path)
+    assert done.returncode == 2 and "not a plan" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_changed_after_the_plan_leaves_no_half_written_run(tmp_path):
+    write_recipe(tmp_path, SFT_ONLY)
+    assert rlhf("plan", "small.rlhf", "--gpu", "cpu", "-o", "plan.json", folder=tmp_path).returncode == 0
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"\n')
+    done = rlhf("run", "plan.json", folder=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "pairs.jsonl" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").rglob("sft*"))
+
+
+def test_interrupting_ends_all_processes_and_keeps_no_finished_looking_folder(tmp_path):
+    write_recipe(tmp_path, SFT_ONLY.replace("steps = 6", "steps = 100_000"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu", "--gpus", "2"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "runs/small/sft.partial/metrics.jsonl"
+    deadline = time.time() + 90
+    while time.time() < deadline and not (metrics.exists() and "update" in metrics.read_text()):
+        time.sleep(0.2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3  # the launcher and two ranks
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors and "run the same command" in errors
+    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert not (tmp_path / "runs/small/sft").exists()
+
+
+def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
+    write_recipe(tmp_path, SFT_ONLY.replace("steps = 6", "steps = 100_000"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = tmp_path / "runs/small/sft.partial/metrics.jsonl"
+    deadline = time.time() + 90
+    while time.time() < deadline and not metrics.exists():
+        time.sleep(0.2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def keys(made: dict) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for stage in made["stages"]:
+        found[stage["address"]] = stage_key(made, stage, found)
+    return found
+
+
+def test_the_key_of_a_stage_covers_what_it_learns_from_and_nothing_else(project):
+    path = project / "small.rlhf"
+    first = keys(plan(path))
+    assert first == keys(plan(path, "stage.sft.every.log=7", "stage.ppo.every.samples=off"))
+
+    def changed(*sets: str) -> set[str]:
+        return {address for address, key in keys(plan(path, *sets)).items() if key != first[address]}
+
+    assert changed("stage.ppo.update.gamma=0.5") == {"stage.ppo"}
+    assert changed("stage.reward.lr=2e-3") == {"stage.reward", "stage.ppo"}
+    assert changed("model.tiny.hidden=64") == {"stage.sft", "stage.reward", "stage.ppo"}
+
+
+def test_metrics_are_followed_line_by_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write, follow = MetricsWriter(path), MetricsFollower(path)
+    assert list(follow.new()) == []
+    write("update", loss=1.5, bad=float("nan"))
+    with path.open("a") as file:
+        file.write('{"event": "half')
+    (event,) = follow.new()
+    assert event["loss"] == 1.5 and event["bad"] is None
+    with path.open("a") as file:
+        file.write('-written"}\n')
+    assert [event["event"] for event in follow.new()] == ["half-written"]
