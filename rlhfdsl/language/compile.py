@@ -12,7 +12,7 @@ from rlhfdsl.language.evaluate import Evaluator
 from rlhfdsl.language.link import link, order, unreached
 from rlhfdsl.language.parser import parse
 from rlhfdsl.language.recipe import Block, Recipe
-from rlhfdsl.language.rules import RULES
+from rlhfdsl.language.rules import RULES, WHOLE
 from rlhfdsl.language.settings import apply_sets, give_params
 from rlhfdsl.language.source import SourceFile, read
 from rlhfdsl.language.syntax import Document, Param
@@ -56,7 +56,7 @@ def load(path: str | Path, sets: Sequence[str] = (), params: Mapping[str, str] |
             evaluator.param(param.name.text, param.name.span)
             evaluator.used = used
     blocks = link(checked.blocks, checked.complete, problems)
-    for rule in RULES:
+    for rule in (*RULES, *(WHOLE if checked.complete else ())):
         problems += rule(blocks)
     stages = order(blocks, problems)
     if checked.complete:

@@ -159,7 +159,9 @@ def columns(blocks: Blocks) -> Found:
                 yield _error("E0607", message, setting.name, help)
 
 
-RULES: tuple[Callable[[Blocks], Found], ...] = (sums, mixes, formats, evals, models, revisions, columns)
+RULES: tuple[Callable[[Blocks], Found], ...] = (formats, evals, models, revisions, columns)
+# Those that something unread would mislead.
+WHOLE: tuple[Callable[[Blocks], Found], ...] = (sums, mixes)
 
 
 def _sources(blocks: Blocks, reference: Reference) -> list[Block]:
