@@ -65,7 +65,8 @@ def write_recipe(folder: Path, text: str = RECIPE) -> Path:
         for a in WORDS for b in WORDS if a != b
     ]  # fmt: skip
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prose = [{"text": f"The {a} stood by the {b} and the {c} all winter."} for a, b, c in zip(WORDS, WORDS[3:], WORDS[5:], strict=False)]
+    trees = zip(WORDS, WORDS[3:], WORDS[5:], strict=False)
+    prose = [{"text": f"The {a} stood by the {b} and the {c} all winter."} for a, b, c in trees]
     (folder / "prose.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prose))
     path = folder / "small.rlhf"
     path.write_text(text)

@@ -47,8 +47,9 @@ def spec(
     optimizer = {"lr": lr, "betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": weight_decay}
     return {
         "role": role, "trains": trains, "weights": {"model": "model.small"}, "base": "model.small",
-        "head": "none" if role in ("policy", "ref") else "scalar", "dtype": dtype, "attention": "sdpa", "dropout": dropout,
-        "gradient_checkpointing": False, "zero": zero, "offload": "off", "micro": micro, "accumulation": 1, "ema": ema,
+        "head": "none" if role in ("policy", "ref") else "scalar", "dtype": dtype, "attention": "sdpa",
+        "dropout": dropout, "gradient_checkpointing": False,
+        "zero": zero, "offload": "off", "micro": micro, "accumulation": 1, "ema": ema,
         "schedule": {"kind": "constant", "lr": lr, "warmup": 0, "updates": 10} if trains else None,
         "deepspeed": deepspeed_config.config(
             dtype=dtype, zero=zero, offload="off", device="cpu", world=world, micro=micro, accumulation=1,

@@ -7,8 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 
+from rlhfdsl import __version__
 from rlhfdsl.cli.common import ERROR, OK, add_recipe_options, compile_recipe, use_colour
-from rlhfdsl.language import Diagnostic, Recipe, as_json, render
+from rlhfdsl.language import Diagnostic, Recipe, as_github, as_json, as_sarif, render
+from rlhfdsl.language.source import SourceFile
 
 HELP = "find every mistake of a recipe"
 
@@ -18,7 +20,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="a .rlhf recipe")
     add_recipe_options(parser)
     parser.add_argument(
-        "--format", choices=("text", "json"), default="text", help="how to print (default: text)"
+        "--format",
+        choices=("text", "json", "sarif", "github"),
+        default="text",
+        help="how to print (default: text)",
     )
     parser.add_argument("--strict", action="store_true", help="warnings are errors")
 
@@ -26,13 +31,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check each file; 1 when one has an error (with --strict, a warning)."""
     code = OK
-    found: list[dict[str, object]] = []
+    found: list[Diagnostic] = []
+    sources: dict[str, SourceFile] = {}
     for path in args.files:
         compilation = compile_recipe(path, args)
         if any(d.severity == "error" or args.strict for d in compilation.diagnostics):
             code = ERROR
-        if args.format == "json":
-            found += as_json(compilation.diagnostics, compilation.sources)["diagnostics"]
+        if args.format != "text":
+            found += compilation.diagnostics
+            sources |= compilation.sources
             continue
         before = f"{path}: " if len(args.files) > 1 else ""
         if compilation.diagnostics:
@@ -41,8 +48,11 @@ def run(args: argparse.Namespace) -> int:
             print(f"{before}ok  {summary(compilation.recipe)}{_counted(compilation.diagnostics, '  ')}")
         else:
             print(f"{before}{_counted(compilation.diagnostics, '')}")
-    if args.format == "json":
-        print(json.dumps({"format_version": "1.0", "diagnostics": found}, indent=2, ensure_ascii=False))
+    if args.format == "github":
+        print(as_github(found, sources))
+    elif args.format != "text":
+        data = as_json(found, sources) if args.format == "json" else as_sarif(found, sources, __version__)
+        print(json.dumps(data, indent=2, ensure_ascii=False))
     return code
 
 

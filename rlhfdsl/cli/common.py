@@ -16,10 +16,11 @@ OK, ERROR, USAGE, BUG = 0, 1, 2, 3
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """`-p NAME=VALUE` and `--set PATH=VALUE`, as every command that reads a recipe takes them."""
+    """`-p`, `--profile` and `--set`, as every command that reads a recipe takes them."""
     parser.add_argument(
         "-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="give a parameter"
     )
+    parser.add_argument("--profile", metavar="NAME", help="apply a profile of the recipe")
     parser.add_argument(
         "--set",
         action="append",
@@ -38,7 +39,7 @@ def compile_recipe(path: str | Path, args: argparse.Namespace) -> Compilation:
         if not equals or not name:
             fail(f"-p takes NAME=VALUE, for example -p seed=7; `{text}` is not")
         params[name] = value
-    return load(path, sets=args.sets, params=params)
+    return load(path, sets=args.sets, params=params, profile=args.profile)
 
 
 def load_recipe(path: str | Path, args: argparse.Namespace) -> Recipe:
@@ -60,6 +61,16 @@ def show_user_error(error: UserError, recipe: Recipe | None = None) -> int:
     """A UserError to stderr, with a window when the recipe is given; returns the exit code 1."""
     show([error.diagnostic(recipe)], recipe.sources if recipe is not None else {})
     return ERROR
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file's new text, complete or not at all, with the mode that it had."""
+    target = path.resolve()  # a link stays a link
+    beside = target.with_name(f".{target.name}.new")
+    beside.write_bytes(text.encode())
+    if target.exists():
+        beside.chmod(target.stat().st_mode & 0o7777)
+    beside.replace(target)
 
 
 def say(text: str) -> None:

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     files = {Path(template.name): template} | {
         path: template.parent / path
-        for path in data_files(compilation.recipe)
-        if (template.parent / path).is_file()
+        for named in data_files(compilation.recipe)
+        for path in _files(template.parent, named)
     }
     taken = [str(folder / path) for path in files if (folder / path).exists()]
     if taken:
@@ -64,12 +64,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def data_files(recipe: Recipe) -> list[Path]:
-    """The relative paths below the recipe's folder that its data and models are read from, each once."""
+    """The relative paths below the recipe's folder that its data, models and tokenizers are read from."""
     sources = [block["from"] for kind in ("data", "model") for block in recipe.of_kind(kind)]
+    sources += [block["tokenizer"] for block in recipe.of_kind("model")]
     paths = [
         Path(source.path) for source in sources if isinstance(source, Source) and source.path is not None
     ]
     return list(dict.fromkeys(path for path in paths if not path.is_absolute() and ".." not in path.parts))
+
+
+def _files(folder: Path, path: Path) -> list[Path]:
+    """The files at a path of a template's folder: itself, or all below it."""
+    if (folder / path).is_dir():
+        return [file.relative_to(folder) for file in sorted((folder / path).rglob("*")) if file.is_file()]
+    return [path] if (folder / path).is_file() else []
 
 
 def _about(path: Path) -> str:

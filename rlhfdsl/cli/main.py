@@ -12,7 +12,11 @@ from types import ModuleType
 
 from rlhfdsl import __version__
 
-VERBS = ("init", "check", "plan", "lock", "run", "chat", "bench")
+VERBS = (
+    *("init", "check", "fmt", "fix", "explain", "import"),
+    *("plan", "graph", "diff", "lock", "run", "bundle", "verify", "cache"),
+    *("chat", "serve", "report", "bench", "doctor", "schema", "completion", "lsp"),
+)
 _FIRST_STEPS = """\
   rlhf init DIR          write a recipe to start from
   rlhf check FILE        every mistake, before a GPU is held
@@ -53,14 +57,14 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in ("-V", "--version"):
         print(f"rlhf {__version__}")
         return 0
-    if verb not in _available():
+    if verb not in available():
         from rlhfdsl.language.suggest import nearest
 
-        near = nearest(verb, _available())
-        help = f"did you mean `rlhf {near[0]}`?" if near else f"commands: {', '.join(_available())}"
+        near = nearest(verb, available())
+        help = f"did you mean `rlhf {near[0]}`?" if near else f"commands: {', '.join(available())}"
         print(f"rlhf: there is no command `{verb}`; {help}", file=sys.stderr)
         return 2
-    module = _module(verb)
+    module = module_of(verb)
     parser = argparse.ArgumentParser(prog=f"rlhf {verb}", description=module.HELP)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a bug")
     module.configure(parser)
@@ -68,16 +72,22 @@ def _dispatch(arguments: list[str]) -> int:
     return int(code)
 
 
-def _module(verb: str) -> ModuleType:
-    return importlib.import_module(f"rlhfdsl.cli.{verb}")
+def module_of(verb: str) -> ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f"rlhfdsl.cli.{_file(verb)}")
 
 
-def _available() -> tuple[str, ...]:
-    return tuple(verb for verb in VERBS if importlib.util.find_spec(f"rlhfdsl.cli.{verb}"))
+def available() -> tuple[str, ...]:
+    """The commands that are there."""
+    return tuple(verb for verb in VERBS if importlib.util.find_spec(f"rlhfdsl.cli.{_file(verb)}"))
+
+
+def _file(verb: str) -> str:
+    return "import_" if verb == "import" else verb  # a keyword of Python
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {verb:<8} {_module(verb).HELP}" for verb in _available())
+    verbs = "\n".join(f"  {verb:<11} {module_of(verb).HELP}" for verb in available())
     return (
         f"rlhf {__version__}: RLHF recipes, checked, planned and run\n\nfirst steps\n{_FIRST_STEPS}\n\n"
         f"commands\n{verbs}\n\n`rlhf COMMAND --help` tells more about one."

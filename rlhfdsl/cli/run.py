@@ -18,7 +18,7 @@ HELP = "run a recipe or a saved plan; finished stages are not run again"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a recipe (.rlhf) or a plan (.json)")
     add_plan_options(parser)
-    parser.add_argument("--base", type=Path, help="folder that a saved plan's input paths are relative to (its own folder)")
+    parser.add_argument("--base", type=Path, help="folder of a saved plan's inputs (default: its own)")
 
 
 def run(args: argparse.Namespace) -> int:

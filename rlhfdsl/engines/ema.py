@@ -26,14 +26,15 @@ class MovingAverage:
         for name, master in self._mine():
             self.shard[name].lerp_(master, 1.0 - self.decay)
 
+    @torch.no_grad()
     def write(self) -> None:
         """Overwrite the engine's weights with the average. The engine cannot be trained further."""
-        with torch.no_grad():
-            for number, (name, parameter) in enumerate(self.engine.module.named_parameters()):
-                with gathered_from_owner(parameter):
-                    owner = number % distributed.world()
-                    mine = self.shard[name] if owner == distributed.rank() else torch.zeros_like(parameter.data).float()
-                    parameter.data.copy_(distributed.all_sum(mine.clone()))
+        for number, (name, parameter) in enumerate(self.engine.module.named_parameters()):
+            with gathered([parameter]):
+                whole = torch.zeros_like(parameter.data, dtype=torch.float32)
+                if number % distributed.world() == distributed.rank():
+                    whole.copy_(self.shard[name])
+                parameter.data.copy_(distributed.all_sum(whole))
 
     def _mine(self):
         """(name, master weight) of this rank's share; every rank walks all parameters, since reading one gathers it."""
@@ -50,8 +51,3 @@ def master_weight(parameter: torch.Tensor) -> torch.Tensor:
         if master is not None:
             return master
     return parameter.data.float()
-
-
-def gathered_from_owner(parameter: torch.Tensor):
-    """A partitioned parameter made whole; what is written to it stays. Every rank writes the same values."""
-    return gathered([parameter])

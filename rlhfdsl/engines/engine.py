@@ -66,7 +66,7 @@ class Engine:
         return {"lr": rate, "grad_norm": float(norm) if norm is not None else float("nan")}
 
     def _clip(self) -> None:
-        """Clip at stage 0, where DeepSpeed clips without keeping the norm; left here it reports it as at other stages."""
+        """Clip at stage 0, where DeepSpeed keeps no norm; left on the optimizer, it is reported as at other stages."""
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.deepspeed.gradient_clipping())
         self.deepspeed.optimizer._global_grad_norm = norm
 

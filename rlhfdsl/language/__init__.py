@@ -2,8 +2,9 @@
 
 from rlhfdsl.language.compile import Compilation, load
 from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Label, Span, UserError
+from rlhfdsl.language.diagnostics.export import as_github, as_json, as_sarif
+from rlhfdsl.language.diagnostics.render import render
 from rlhfdsl.language.recipe import Block, Origin, Recipe, Reference, Setting, Source
-from rlhfdsl.language.render import as_json, render
 
 __all__ = [
     "Block",
@@ -19,7 +20,9 @@ __all__ = [
     "Source",
     "Span",
     "UserError",
+    "as_github",
     "as_json",
+    "as_sarif",
     "load",
     "render",
 ]

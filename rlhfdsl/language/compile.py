@@ -2,89 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhfdsl.language.advice import ADVICE, secrets
 from rlhfdsl.language.check import check
 from rlhfdsl.language.diagnostics import Diagnostic, Label
 from rlhfdsl.language.evaluate import Evaluator
-from rlhfdsl.language.link import link, order, unreached
+from rlhfdsl.language.includes import include
+from rlhfdsl.language.layers import copy_blocks
+from rlhfdsl.language.link import link, order, unreached, unread
 from rlhfdsl.language.parser import parse
 from rlhfdsl.language.recipe import Block, Recipe
 from rlhfdsl.language.rules import RULES, WHOLE
-from rlhfdsl.language.settings import apply_sets, give_params
+from rlhfdsl.language.settings import apply_profile, apply_sets, give_params
 from rlhfdsl.language.source import SourceFile, read
-from rlhfdsl.language.syntax import Document, Param
+from rlhfdsl.language.syntax import Document, Let, Param
 
 
 @dataclass(frozen=True, slots=True)
 class Compilation:
-    """What became of a file: the recipe (None after an error), what is said about it, and the sources."""
+    """What became of a file: the recipe (None after an error), what is said about it, and the sources.
+
+    `document` is all that the files say, and `blocks` what could be made of it: for tools that work on broken
+    recipes, as an editor does. `values` evaluates an expression of the recipe.
+    """
 
     path: Path
     recipe: Recipe | None
     diagnostics: tuple[Diagnostic, ...]
     sources: Mapping[str, SourceFile]
+    document: Document | None = None
+    blocks: Mapping[str, Block] | None = None
+    values: Evaluator | None = None
 
 
-def load(path: str | Path, sets: Sequence[str] = (), params: Mapping[str, str] | None = None) -> Compilation:
+def load(
+    path: str | Path,
+    sets: Sequence[str] = (),
+    params: Mapping[str, str] | None = None,
+    profile: str | None = None,
+    overlay: Callable[[Path], str | None] | None = None,
+) -> Compilation:
     """Read, parse, evaluate, check and link a recipe; a writer's mistake is a diagnostic, never an exception.
 
-    `sets` are `stage.ppo.kl.coef=0.05`, stronger than the file; `params` are values of its parameters.
+    `sets` are `stage.ppo.kl.coef=0.05`, stronger than the file; `params` are values of its parameters;
+    `profile` is one of its profiles. `overlay` gives the text of a file that an editor holds.
     """
     path = Path(path)
-    source, problems = read(path)
+    source, problems = read(path, overlay)
     if source is None or problems:
         sources = {source.name: source} if source is not None else {}
         return Compilation(path, None, tuple(problems), sources)
     sources = {source.name: source}
     document, problems = parse(source)
+    document = include(path, source, document, sources, problems, overlay)
     if document.misnested:
-        return Compilation(path, None, tuple(sorted(problems, key=_place)), sources)
-    known, twins = _params(document)
-    problems += twins
+        return Compilation(path, None, tuple(sorted(problems, key=_place)), sources, document)
+    document = copy_blocks(document, problems)
+    written = document
+    document, idle, wrong = apply_profile(document, profile)
+    problems += wrong
     document, wrong = apply_sets(document, sets, sources)
     problems += wrong
+    known, lets = _names(document, problems)
     given, wrong = give_params(params or {}, known, not document.broken, sources)
     problems += wrong
-    evaluator = Evaluator(known, given, problems, not document.broken)
-    checked = check(document, evaluator, sources, problems)
-    for param in known.values():
-        if param.default is not None or param.name.text in given:
-            used = set(evaluator.used)
-            evaluator.param(param.name.text, param.name.span)
-            evaluator.used = used
+    evaluator = Evaluator(known, given, problems, not document.broken, lets)
+    checked = check(document, evaluator, sources, problems, idle)
+    used = set(evaluator.used)
+    for name, param in known.items():
+        if param.default is not None or name in given:
+            evaluator.named("param", name, param.name.span)
+    for name, let in lets.items():
+        evaluator.named("let", name, let.name.span)
     blocks = link(checked.blocks, checked.complete, problems)
-    for rule in (*RULES, *(WHOLE if checked.complete else ())):
+    for rule in (*RULES, *ADVICE, *(WHOLE if checked.complete else ())):
         problems += rule(blocks)
+    problems += secrets(sources)
     stages = order(blocks, problems)
     if checked.complete:
         problems += _whole(source, blocks)
-    if not any(problem.severity == "error" for problem in problems):
-        problems += unreached(blocks)
-        problems += _unused(known, evaluator)
     recipe = None
     if not any(problem.severity == "error" for problem in problems):
+        problems += unreached(blocks, source.name)
+        problems += unread(written, used, source.name)
         block = blocks["recipe"]
         recipe = Recipe(path, block.name or "", block, blocks, stages, sources)
-    return Compilation(path, recipe, tuple(sorted(problems, key=_place)), sources)
+    found = _once(sorted(problems, key=_place))
+    return Compilation(path, recipe, found, sources, document, blocks, evaluator)
 
 
 def _place(problem: Diagnostic) -> tuple[str, int, str]:
     return (problem.span.file, problem.span.start, problem.code) if problem.span else ("", 0, problem.code)
 
 
-def _params(document: Document) -> tuple[dict[str, Param], list[Diagnostic]]:
-    known: dict[str, Param] = {}
-    problems = []
-    for param in document.params:
-        first = known.setdefault(param.name.text, param)
-        if first is not param:
-            message = f"there are two parameters `{param.name.text}`"
+def _once(problems: Sequence[Diagnostic]) -> tuple[Diagnostic, ...]:
+    """Each mistake once, also where copies of its block repeat it."""
+    kept: dict[tuple[object, ...], Diagnostic] = {}
+    for problem in problems:
+        # What a block lacks is told at its header, where more than one such thing may be told.
+        more = problem.help if problem.code == "E0305" else None
+        key = (problem.code, problem.span, more) if problem.span is not None else (id(problem),)
+        kept.setdefault(key, problem)
+    return tuple(kept.values())
+
+
+def _names(document: Document, problems: list[Diagnostic]) -> tuple[dict[str, Param], dict[str, Let]]:
+    """The parameters and the `let`s by their names; the second of one name is reported."""
+    params: dict[str, Param] = {}
+    lets: dict[str, Let] = {}
+    entries: list[Param | Let] = [*document.params, *document.lets]
+    for entry in entries:
+        first: Param | Let
+        if isinstance(entry, Param):
+            first = params.setdefault(entry.name.text, entry)
+        else:
+            first = lets.setdefault(entry.name.text, entry)
+        if first is not entry:
+            what = "parameters" if isinstance(entry, Param) else "`let`s"
             labels = (Label(first.name.span, "the first one"),)
-            problems.append(Diagnostic("E0401", "error", message, param.name.span, "the second one", labels))
-    return known, problems
+            help = "give one of them another name"
+            if isinstance(entry, Param) and first.name.span.file != entry.name.span.file:
+                help = f"another default is given by `override param {{ {entry.name.text} = … }}`"
+            message = f"there are two {what} `{entry.name.text}`"
+            problems.append(
+                Diagnostic("E0401", "error", message, entry.name.span, "the second one", labels, help=help)
+            )
+    return params, lets
 
 
 def _whole(source: SourceFile, blocks: Mapping[str, Block]) -> list[Diagnostic]:
@@ -99,13 +145,3 @@ def _whole(source: SourceFile, blocks: Mapping[str, Block]) -> list[Diagnostic]:
         help = "write for example `stage sft { … }`"
         problems.append(Diagnostic("E0209", "error", message, blocks["recipe"].span, help=help))
     return problems
-
-
-def _unused(known: Mapping[str, Param], evaluator: Evaluator) -> list[Diagnostic]:
-    return [
-        Diagnostic(
-            "W0201", "warning", f"nothing reads `param.{name}`", param.name.span, help="delete it, or use it"
-        )
-        for name, param in known.items()
-        if name not in evaluator.used
-    ]

@@ -1,4 +1,4 @@
-"""Expressions to values: arithmetic with units, and parameters with their types."""
+"""Expressions to values: arithmetic with units, `let`, and parameters with their types."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.language.syntax import (
     Call,
     Expression,
+    Let,
     Listing,
     Number,
     Operation,
@@ -90,7 +91,7 @@ def to_float(value: Quantity) -> float:
 
 
 class Evaluator:
-    """Evaluates the expressions of one recipe; `problems` grows, `used` holds the parameters read."""
+    """Evaluates the expressions of one recipe; `problems` grows, `used` holds `param.x` and `let.x` read."""
 
     def __init__(
         self,
@@ -98,8 +99,10 @@ class Evaluator:
         given: Mapping[str, Given],
         problems: list[Diagnostic],
         complete: bool,
+        lets: Mapping[str, Let] | None = None,
     ) -> None:
         self.params = params
+        self.lets = lets or {}
         self.given = given
         self.problems = problems
         self.complete = complete
@@ -126,51 +129,76 @@ class Evaluator:
             case Operation():
                 return self._operation(expression)
 
+    def behind(self, path: Path) -> Expression | None:
+        """What a parameter or a `let` stands for: the -p argument, the default, the value."""
+        if len(path.words) != 2:
+            return None
+        kind, key = (word.text for word in path.words)
+        if kind == "let":
+            return self.lets[key].value if key in self.lets else None
+        if kind != "param":
+            return None
+        if key in self.given:
+            return self.given[key].value
+        return self.params[key].default if key in self.params else None
+
     def given_by(self, expression: Expression) -> str | None:
         """A parameter that a -p argument gives and that the expression reads, itself or through others."""
         todo, seen = [expression], set[str]()
         while todo:
             for path in paths_of(todo.pop()):
-                key = path.words[-1].text
-                if path.words[0].text != "param" or len(path.words) != 2 or key in seen:
+                if path.text in seen:
                     continue
-                if key in self.given:
-                    return key
-                seen.add(key)
-                param = self.params.get(key)
-                if param is not None and param.default is not None:
-                    todo.append(param.default)
+                seen.add(path.text)
+                if path.words[0].text == "param" and path.words[-1].text in self.given:
+                    return path.words[-1].text
+                behind = self.behind(path)
+                todo += [behind] if behind is not None else []
         return None
 
-    def param(self, key: str, span: Span) -> Found:
-        """A parameter's value in its type."""
-        param = self.params.get(key)
-        if param is None:
+    def literal(self, expression: Expression) -> Expression:
+        """The expression that a lone parameter or `let` leads to, through others; else itself."""
+        for _ in range(NESTING_LIMIT):
+            behind = self.behind(expression) if isinstance(expression, Path) else None
+            if behind is None:
+                break
+            expression = behind
+        return expression
+
+    def named(self, kind: str, key: str, span: Span) -> Found:
+        """The value of `param.key`, in its type, or of `let.key`."""
+        what = "parameter" if kind == "param" else "`let`"
+        known: Mapping[str, Param | Let] = self.params if kind == "param" else self.lets
+        entry = known.get(key)
+        if entry is None:
             if self.complete:
-                near = nearest(key, self.params)
-                help = (
-                    f"did you mean {listed(f'param.{n}' for n in near)}?"
-                    if near
-                    else (f"write `param {key}: int = …` at the top level")
-                )
-                self._report("E0501", f"there is no parameter `{key}`", span, help=help)
+                near = nearest(key, known)
+                elsewhere = "let" if kind == "param" else "param"
+                write = f"{key}: int = …" if kind == "param" else f"{key} = …"
+                help = f"write `{kind} {write}` at the top level"
+                if near:
+                    help = f"did you mean {listed(f'{kind}.{n}' for n in near)}?"
+                elif key in (self.lets if kind == "param" else self.params):
+                    help = f"did you mean `{elsewhere}.{key}`?"
+                self._report("E0501", f"there is no {what} `{key}`", span, help=help)
             return None
-        self.used.add(key)
-        if key in self._open:
-            circle = " -> ".join([*self._open[self._open.index(key) :], key])
-            if key not in self._values:
-                self._report("E0505", f"parameters need each other: {circle}", param.name.span)
-            self._values[key] = None
+        name = f"{kind}.{key}"
+        self.used.add(name)
+        if name in self._open:
+            circle = " -> ".join([*self._open[self._open.index(name) :], name])
+            if name not in self._values:
+                self._report("E0505", f"values need each other: {circle}", entry.name.span)
+            self._values[name] = None
             return None
         if len(self._open) >= NESTING_LIMIT:
-            self._report("E0902", f"parameters refer to each other more than {NESTING_LIMIT} deep", span)
+            self._report("E0902", f"values refer to each other more than {NESTING_LIMIT} deep", span)
             return None
-        if key not in self._values:
-            self._open.append(key)
-            found = self._param(param)
+        if name not in self._values:
+            self._open.append(name)
+            found = self._param(entry) if isinstance(entry, Param) else self.value(entry.value)
             self._open.pop()
-            self._values.setdefault(key, found)
-        return self._values[key]
+            self._values.setdefault(name, found)
+        return self._values[name]
 
     def _param(self, param: Param) -> Found:
         key = param.name.text
@@ -201,16 +229,14 @@ class Evaluator:
         return None
 
     def _path(self, path: Path) -> Found:
-        first = path.words[0].text
-        if first == "let":
-            self._report("E0120", "`let` is not supported yet by this version", path.span, help="use `param`")
-            return None
-        if first != "param":
+        kind = path.words[0].text
+        if kind not in ("param", "let"):
             return path
         if len(path.words) != 2:
-            self._report("E0501", f"`{path.text}` names no parameter", path.span, help="write `param.name`")
+            what = "parameter" if kind == "param" else "`let`"
+            self._report("E0501", f"`{path.text}` names no {what}", path.span, help=f"write `{kind}.name`")
             return None
-        return self.param(path.words[1].text, path.words[1].span)
+        return self.named(kind, path.words[1].text, path.words[1].span)
 
     def _operation(self, operation: Operation) -> Found:
         left = self.value(operation.left) if operation.left is not None else Quantity(Fraction(0))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from rlhfdsl.language import schema
-from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Label, Span
+from rlhfdsl.language.diagnostics import Diagnostic, Fix, Label, Span
 from rlhfdsl.language.recipe import Block, Reference, Setting
 from rlhfdsl.language.suggest import listed, nearest
-from rlhfdsl.language.values import takes
+from rlhfdsl.language.syntax import BlockSyntax, Document, Member, paths_of
+from rlhfdsl.language.values import rename, takes
 
 
 def references(block: Block) -> Iterator[tuple[Block, str, Setting, Reference]]:
@@ -57,8 +58,8 @@ def order(blocks: Mapping[str, Block], problems: list[Diagnostic]) -> tuple[Bloc
     return tuple(done.values())
 
 
-def unreached(blocks: Mapping[str, Block]) -> list[Diagnostic]:
-    """A warning for each block that no stage reaches."""
+def unreached(blocks: Mapping[str, Block], root: str) -> list[Diagnostic]:
+    """A warning for each block of the file `root` that no stage reaches."""
     reached: set[str] = set()
     todo = [block for block in blocks.values() if block.kind == "stage"]
     while todo:
@@ -80,6 +81,46 @@ def unreached(blocks: Mapping[str, Block]) -> list[Diagnostic]:
         )
         for address, block in blocks.items()
         if block.kind not in ("recipe", "cluster", "stage") and address not in reached
+        if block.span is None or block.span.file == root
+    ]
+
+
+def fitting(blocks: Mapping[str, Block], uses: Collection[str]) -> list[str]:
+    """The addresses that an edge takes: `uses` are policy, reward, rows or parallel."""
+    return [address for address, block in blocks.items() if _made(block, None) in uses]
+
+
+def unread(document: Document, used: set[str], root: str) -> list[Diagnostic]:
+    """A warning for each parameter and `let` of the file `root` that nothing reads.
+
+    What the files say counts, also where a profile or --set stands over it; `used` were read beside.
+    """
+    values = {f"param.{param.name.text}": param.default for param in document.params}
+    values |= {f"let.{let.name.text}": let.value for let in document.lets}
+    todo = [values.get(name) for name in used]
+    members: list[Member] = [member for block in document.blocks for member in block.members]
+    members += [setting for profile in document.profiles for setting in profile.settings]
+    while members:
+        member = members.pop()
+        if isinstance(member, BlockSyntax):
+            members += member.members
+        else:
+            todo.append(member.value)
+            members += [member.earlier] if member.earlier is not None else []
+    read = set(used)
+    while todo:
+        expression = todo.pop()
+        for path in paths_of(expression) if expression is not None else ():
+            if path.text not in read:
+                read.add(path.text)
+                todo.append(values.get(path.text))
+    names = [("param", param.name) for param in document.params] + [("let", let.name) for let in document.lets]
+    return [
+        Diagnostic(
+            "W0201", "warning", f"nothing reads `{kind}.{name.text}`", name.span, help="delete it, or use it"
+        )
+        for kind, name in names
+        if f"{kind}.{name.text}" not in read and name.span.file == root
     ]
 
 
@@ -130,28 +171,25 @@ class _Linker:
     def help_for(self, uses: list[str], target: Block) -> str | None:
         if "reward" in uses and target.kind == "model":
             return "write `head = scalar` if its weights hold a reward model, or refer to a reward stage"
-        fitting = self.fitting(uses)
-        return f"for example {listed(fitting[:3])}" if fitting else None
-
-    def fitting(self, uses: list[str]) -> list[str]:
-        return [address for address, block in self.blocks.items() if _made(block, None) in uses]
+        named = fitting(self.blocks, uses)
+        return f"for example {listed(named[:3])}" if named else None
 
     def unknown(self, reference: Reference, setting: Setting, uses: list[str]) -> None:
         if not self.complete:
             return
-        fitting = self.fitting(uses)
+        named = fitting(self.blocks, uses)
         same = [
             address for address in self.blocks if address.split(".")[1:] == reference.address.split(".")[1:]
         ]
-        near = nearest(reference.address, self.blocks) or [address for address in same if address in fitting]
+        near = nearest(reference.address, self.blocks) or [address for address in same if address in named]
         fixes: tuple[Fix, ...] = ()
         if near:
             help = f"did you mean {listed(near)}?"
             facet = f".{reference.facet}" if reference.facet else ""
             if setting.span is not None:
-                fixes = (Fix(f"write `{near[0]}{facet}`", (Edit(setting.span, near[0] + facet),)),)
+                fixes = tuple(rename(name + facet, setting.span) for name in near)
         else:
-            help = f"there is {listed(fitting[:5])}" if fitting else "no block of that kind is in the recipe"
+            help = f"there is {listed(named[:5])}" if named else "no block of that kind is in the recipe"
         message = f"there is no block `{reference.address}`"
         self.report("E0201", message, setting.span, help=help, fixes=fixes)
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from rlhfdsl.language.diagnostics import Span
 from rlhfdsl.language.source import SourceFile
+from rlhfdsl.language.syntax import Expression
 
-Layer = Literal["default", "file", "param", "set"]
+Layer = Literal["default", "base", "file", "profile", "param", "set"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,18 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One value of a block; `span` is its place, `name` that of its name, both None for a default."""
+    """One value of a block; `span` is its place, `name` that of its name, both None for a default.
+
+    `earlier` are the origins of the weaker settings that it took the place of, the strongest first;
+    `expression` is what is written.
+    """
 
     value: Any
     span: Span | None
     origin: Origin
     name: Span | None = None
+    earlier: tuple[Origin, ...] = ()
+    expression: Expression | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +108,7 @@ class Recipe:
 
     def find(self, address: str) -> Block | None:
         """The block at an address, nested ones too (`stage.ppo.actor`, `blend.chat.mix.reward`)."""
-        for cut in range(len(address), 0, -1):
-            block = self.blocks.get(address[:cut]) if cut == len(address) or address[cut] == "." else None
-            if block is not None:
-                return _inside(block, address[cut + 1 :])
-        return None
+        return find_block(self.blocks, address)
 
     def span_of(self, address: str) -> Span | None:
         """The place of a setting or a block (`data.own.from`, `stage.ppo.actor`), for a message about it."""
@@ -115,6 +118,15 @@ class Recipe:
             return block.settings[name].span
         whole = self.find(address) or block
         return whole.span if whole is not None else None
+
+
+def find_block(blocks: Mapping[str, Block], address: str) -> Block | None:
+    """The block at an address, nested ones too, among top-level blocks by their addresses."""
+    for cut in range(len(address), 0, -1):
+        block = blocks.get(address[:cut]) if cut == len(address) or address[cut] == "." else None
+        if block is not None:
+            return _inside(block, address[cut + 1 :])
+    return None
 
 
 def _inside(block: Block, rest: str) -> Block | None:

@@ -109,7 +109,21 @@ class _Recovery:
         code = self.wording.describe(error, opener)
         if isinstance(error, UnexpectedToken) and self.repair(error.token, code):
             return True
-        return self.skip(at, resume_here=False)
+        skipped = self.skip(at, resume_here=False)
+        if code == "E0109" and skipped:
+            self.close_line(at)
+        return skipped
+
+    def close_line(self, at: int) -> None:
+        """Close the blocks that end on a line, inside a text that has no closing quote."""
+        line = self.text.rfind("\n", 0, at) + 1
+        end = self.text.find("\n", at)
+        rest = self.text[at:end].replace(" ", "")
+        for _ in range(len(rest) - len(rest.rstrip("}"))):
+            opener = self.innermost()
+            if opener is None or (opener.start_pos or 0) < line or not self.accepts("RBRACE"):
+                break
+            self.interactive.feed_token(Token("RBRACE", "}", end, end_pos=end))
 
     def repair(self, token: Token, code: str) -> bool:
         """Go on as if the token that is missing stood there, or the one too many did not."""
@@ -143,6 +157,11 @@ class _Recovery:
     def skip(self, at: int, resume_here: bool) -> bool:
         """Drop the broken statement: cut the stack back, and go on where the text's next statement begins."""
         depth = 0
+        opener = self.innermost()
+        whole = opener is None or opener.type == "LBRACE"
+        if whole and not resume_here and "_NL" in self.interactive.accepts():
+            # What stands before is complete: it is kept, and only the rest of the line is dropped.
+            self.interactive.feed_token(Token("_NL", "\n", at, end_pos=at))
         while not self.accepts("_ERROR"):
             if not self.parser.value_stack:
                 return False

@@ -16,7 +16,7 @@ _READS = {
     "ppo": ("preference", "chat", "prompt"),
     "ptx": ("text", "chat", "preference"),
 }
-_COLUMNS = {
+COLUMNS = {
     "preference": ("prompt", "chosen", "rejected"),
     "chat": ("messages",),
     "prompt": ("prompt",),
@@ -149,12 +149,12 @@ def columns(blocks: Blocks) -> Found:
         if form == "text" and data["turns"] == "hh":
             message = "`turns` has no effect on plain text"
             yield _error("E0311", message, data.setting("turns").name, "delete it")
-        if form not in _COLUMNS:
+        if form not in COLUMNS:
             continue
         for role, setting in data.blocks["columns"].settings.items():
-            if role not in _COLUMNS[form]:
-                near = nearest(role, _COLUMNS[form])
-                help = f"did you mean {listed(near)}?" if near else f"roles: {', '.join(_COLUMNS[form])}"
+            if role not in COLUMNS[form]:
+                near = nearest(role, COLUMNS[form])
+                help = f"did you mean {listed(near)}?" if near else f"roles: {', '.join(COLUMNS[form])}"
                 message = f"`{role}` plays no role in rows of format {form}"
                 yield _error("E0607", message, setting.name, help)
 

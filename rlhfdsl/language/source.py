@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +21,14 @@ _BRACKETS = re.compile(r'"(?:[^"\\\n]|\\.)*"|#[^\n]*|[\[({]|[\])}]')
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A text with a name; lines and columns count from 1, in code points."""
+    """A text with a name; lines and columns count from 1, in code points.
+
+    `folder` is where the file lies, seen from the recipe's folder: what its relative paths begin at.
+    """
 
     name: str
     text: str
+    folder: str = ""
     starts: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,9 +55,18 @@ class SourceFile:
         return self.text[span.start : span.end]
 
 
-def read(path: Path) -> tuple[SourceFile | None, list[Diagnostic]]:
-    """The file's text without a BOM; on trouble None, or a text not to be parsed, with the reasons."""
+def read(
+    path: Path, overlay: Callable[[Path], str | None] | None = None, folder: str = ""
+) -> tuple[SourceFile | None, list[Diagnostic]]:
+    """The file's text without a BOM; on trouble None, or a text not to be parsed, with the reasons.
+
+    `overlay` gives the text of a file that an editor holds, and None for others.
+    """
     name = path.as_posix()
+    held = overlay(path) if overlay is not None else None
+    if held is not None:
+        source = SourceFile(name, held.removeprefix("\ufeff"), folder)
+        return source, examine(source)
 
     def refuse(code: str, message: str, help: str | None = None) -> tuple[None, list[Diagnostic]]:
         return None, [Diagnostic(code, "error", message, help=help)]
@@ -85,7 +99,7 @@ def read(path: Path) -> tuple[SourceFile | None, list[Diagnostic]]:
         )
     if not text.strip():
         return refuse("E0894", f"`{name}` is empty", "`rlhf init` writes a recipe to start from")
-    source = SourceFile(name, text)
+    source = SourceFile(name, text, folder)
     return source, examine(source)
 
 

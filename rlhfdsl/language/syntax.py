@@ -76,19 +76,26 @@ class Operation:
 Expression = Word | Text | Number | Path | Call | Listing | Operation
 
 
+WrittenLayer = Literal["base", "file", "profile", "set"]
+
+
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """`name = value`; `layer` tells a setting of the file from one of --set."""
+    """`name = value`; `layer` tells who says it, `earlier` is the weaker setting that it took the place of."""
 
     path: Path
     value: Expression
     span: Span
-    layer: Literal["file", "set"] = "file"
+    layer: WrittenLayer = "file"
+    earlier: Attribute | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSyntax:
-    """`kind labels { members }`; `header` spans kind and labels, `broken` tells of an unreadable member."""
+    """`kind labels from copied { members }`; `header` spans kind and labels.
+
+    `broken` tells of an unreadable member.
+    """
 
     kind: Word
     labels: tuple[Word | Text, ...]
@@ -96,21 +103,61 @@ class BlockSyntax:
     header: Span
     span: Span
     broken: bool = False
+    copied: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """`param name: type = default`."""
+    """`param name: type = default`; `earlier` is the default that an override or a profile replaced."""
 
     name: Word
     types: tuple[Word, ...]
     default: Expression | None
     span: Span
+    earlier: Param | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Let:
+    """`let name = value`."""
+
+    name: Word
+    value: Expression
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Include:
+    """`extends "path"`, or `import "path" as name`."""
+
+    path: Text
+    name: Word | None
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`profile name { path = value }`."""
+
+    name: Word
+    settings: tuple[Attribute, ...]
+    span: Span
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """`override path { members }`, of a block that an included file has."""
+
+    path: Path
+    members: tuple[Attribute | BlockSyntax, ...]
+    span: Span
+    broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A file's blocks and parameters; `broken` tells that something in the file could not be read.
+    """What a file says; `broken` tells that something in it could not be read.
 
     `misnested` tells that brackets do not pair up, so that settings may stand in the wrong blocks.
     """
@@ -119,6 +166,35 @@ class Document:
     params: tuple[Param, ...]
     broken: bool
     misnested: bool
+    lets: tuple[Let, ...] = ()
+    includes: tuple[Include, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+    overrides: tuple[Override, ...] = ()
+
+
+Member = Attribute | BlockSyntax
+
+
+def address_of(block: BlockSyntax) -> str:
+    """The address of a top-level block, as far as its header tells it."""
+    words = [label.text for label in block.labels if isinstance(label, Word)]
+    if block.kind.text == "stage":
+        return f"stage.{words[-1] if words else ''}"
+    return f"{block.kind.text}.{words[0]}" if words else block.kind.text
+
+
+def type_of(block: BlockSyntax) -> str:
+    """The type of a top-level block, as far as its header tells it: `model`, `stage.ppo`."""
+    first = block.labels[0] if block.labels else None
+    return f"stage.{first.text}" if block.kind.text == "stage" and isinstance(first, Word) else block.kind.text
+
+
+def key_of(member: Member) -> str:
+    """What tells a member from its neighbours: `lr`, `kl`, `mix.PART`."""
+    if isinstance(member, Attribute):
+        return member.path.text
+    label = member.labels[0] if member.labels else None
+    return f"{member.kind.text}.{label.text}" if isinstance(label, Word) else member.kind.text
 
 
 def paths_of(expression: Expression) -> Sequence[Path]:

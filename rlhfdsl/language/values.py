@@ -54,10 +54,12 @@ def takes(uses: Iterable[str]) -> str:
     return " or ".join(_USES[use] for use in uses)
 
 
-def convert(attr: Attr, expression: Expression, value: Value, blocks: Iterable[str]) -> Any:
+def convert(
+    attr: Attr, expression: Expression, value: Value, blocks: Iterable[str], folder: str = ""
+) -> Any:
     """The plain value by the first alternative that takes it, or the Diagnostic that says why none does.
 
-    `blocks` are the addresses known so far, for suggestions.
+    `blocks` are the addresses known so far, for suggestions; `folder` is where a relative path begins.
     """
     near: Mapping[str, Any] | None = None
     for alternative in attr.alternatives:
@@ -65,10 +67,12 @@ def convert(attr: Attr, expression: Expression, value: Value, blocks: Iterable[s
         if fitted is INVALID:
             continue
         if in_range(alternative, fitted):
-            return _source(attr, expression, fitted) if schema.shape(alternative) == "source" else fitted
+            if schema.shape(alternative) == "source":
+                return _source(attr, expression, fitted, folder)
+            return fitted
         near = near or alternative
     notes: tuple[str, ...] = ()
-    if isinstance(expression, Path) and expression.words[0].text == "param":
+    if isinstance(expression, Path) and expression.words[0].text in ("param", "let"):
         notes = (f"`{expression.text}` is {written(value)}",)
     if near is not None:
         help = f"for example `{attr.example}`"
@@ -97,7 +101,7 @@ def _mismatch(
         foreign = _WORDS.get(value.text.lower())
         near = [foreign] if foreign in words else nearest(value.text, words)
         help = f"did you mean {listed(near)}?" if near else help
-        fixes = (rename(near[0], span),) if near else ()
+        fixes = tuple(rename(word, span) for word in near)
     elif isinstance(value, Symbol) and shapes & {"text", "source"}:
         help = f'a text is quoted: write "{value.text}"'
         fixes = (Fix("quote it", (Edit(span, f'"{value.text}"'),)),)
@@ -116,10 +120,10 @@ def _mismatch(
     return Diagnostic(code, "error", message, span, label, notes=notes, help=help, fixes=fixes)
 
 
-def _source(attr: Attr, expression: Expression, text: str) -> Source | Diagnostic:
+def _source(attr: Attr, expression: Expression, text: str, folder: str) -> Source | Diagnostic:
     """A `from`: a path when it begins like one, else a hub id."""
     if text.startswith(("./", "../", "/")):
-        return Source("path", text, posixpath.normpath(text))
+        return Source("path", text, posixpath.normpath(posixpath.join(folder, text)))
     suffix = PurePosixPath(text).suffix
     if suffix in _FILE_ENDINGS or not _HUB_ID.fullmatch(text):
         message = f"`{text}` is no hub id (`org/name`), and a path begins with ./ ../ or /"
@@ -164,6 +168,18 @@ def _expected(attr: Attr) -> str:
         else:
             parts.append(_EXPECTED[shape])
     return " or ".join(parts)
+
+
+def type_words(attr: Attr) -> str:
+    """What an attribute takes, with its bounds: `a whole number of at least 1 or off`."""
+    parts = []
+    for alternative in attr.alternatives:
+        one = _expected(Attr(attr.name, (alternative,), attr.table))
+        bounds = _range(alternative) if schema.shape(alternative) in _EXPECTED else ""
+        if schema.shape(alternative) == "list":
+            one, bounds = _range(alternative), ""
+        parts.append(f"{one} {bounds}" if bounds and schema.shape(alternative) not in ("text", "source") else one)
+    return " or ".join(parts).replace("`", "")
 
 
 def fit(alternative: Mapping[str, Any], value: Value) -> Any:

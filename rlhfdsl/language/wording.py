@@ -160,7 +160,7 @@ class Wording:
             return "E0110"
         if token == "MINUS" and touches and after.isalpha() and not in_list:
             return "E0110"
-        if token in ("SLASH", "STAR") and self.text[at - 1 : at] == "/":
+        if token in ("SLASH", "STAR") and {self.text[at - 1 : at + 1], self.text[at : at + 2]} & {"//", "/*"}:
             return "E0108"
         if token == "RBRACE" and opener is None:
             return "E0105"
@@ -178,7 +178,7 @@ class Wording:
         if code in ("E0113", "E0116") and token in ("NAME", "COMMA"):
             code = "E0116" if opener is None else "E0113"
         fits = {
-            "E0103": token in ("STRING", "NUMBER", "LSQB", "LPAR", "MINUS"),
+            "E0103": token in ("STRING", "NUMBER", "LSQB", "LPAR", "MINUS", "RBRACE", "COMMA"),
             "E0104": in_list,
             "E0105": token == "RBRACE",
             "E0106": token == "COLON",

@@ -1,4 +1,4 @@
-"""From an engine of the plan to a model in memory: a hub id, a directory, an artifact of an earlier stage, or scratch."""
+"""From an engine of the plan to a model in memory: a hub id, a directory, an earlier stage's artifact, or scratch."""
 
 from __future__ import annotations
 

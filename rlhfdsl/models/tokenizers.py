@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.data import codes
 from rlhfdsl.language.diagnostics import UserError
-from rlhfdsl.planning import catalog
+from rlhfdsl.planning import catalog, lock
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -265,14 +265,12 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
 
 
 def pin(named: str, root: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of those `paths` under `root` that exist, by the name that the recipe gives them."""
+    """The pins of those `paths` under `root` that exist (`lock.pin`), by the name that the recipe gives them."""
     pins = {}
     for path in paths:
         if path.is_file():
-            with path.open("rb") as file:
-                sha256 = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
             name = named if path == root else f"{named}/{path.relative_to(root).as_posix()}"
-            pins[name] = {"bytes": path.stat().st_size, "sha256": sha256}
+            pins[name] = lock.pin(path)
     return pins
 
 
@@ -309,6 +307,7 @@ def _numbers(config: PretrainedConfig, named: str, at: str | None) -> dict[str, 
         "vocab": vocab,
         "context": getattr(config, "max_position_embeddings", None),
         "tied": bool(getattr(config, "tie_word_embeddings", False)),
+        "head_dim": getattr(config, "head_dim", None),
     }
 
 

@@ -13,16 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-GATED = frozenset({"llama", "qwen2", "mistral"})  # a gated MLP: gate, up and down projections
+from rlhfdsl.planning.families import FAMILIES
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The configuration numbers that decide a decoder's size.
 
-    `embed` is the width of the token embedding where it differs from `hidden` (OPT-350M projects between the
-    two); `final_norm` is false for the one family member without a norm after its last layer (OPT-350M
-    again).
+    `head_dim` is the width of a head, in some families not hidden / heads. `embed` is the width of the token
+    embedding where it differs from `hidden` (OPT-350M projects between the two); `final_norm` is false for the
+    one family member without a norm after its last layer (OPT-350M again).
     """
 
     type: str
@@ -34,16 +34,19 @@ class Shape:
     vocab: int
     context: int
     tied: bool
+    head_dim: int
     embed: int
     final_norm: bool
 
     @property
+    def q_width(self) -> int:
+        """Elements of one token's queries in one layer."""
+        return self.head_dim * self.heads
+
+    @property
     def kv_width(self) -> int:
         """Elements of one token's keys (or values) in one layer."""
-        return self.hidden // self.heads * self.kv_heads
-
-
-SUPPORTED = frozenset({"llama", "qwen2", "mistral", "opt", "gpt2", "gpt_neox"})
+        return self.head_dim * self.kv_heads
 
 
 def shape(numbers: Mapping[str, Any]) -> Shape | None:
@@ -53,20 +56,22 @@ def shape(numbers: Mapping[str, Any]) -> Shape | None:
         return None
     return Shape(
         **{name: numbers[name] for name in names},
+        head_dim=numbers.get("head_dim") or numbers["hidden"] // numbers["heads"],
         embed=numbers.get("embed") or numbers["hidden"],
         final_norm=numbers.get("final_norm", True),
     )
 
 
 @cache
-def _models() -> dict[str, dict[str, Any]]:
+def _models() -> dict[str, dict[str, Any] | str]:
     text = Path(__file__).with_name("models.json").read_text(encoding="utf-8")
     return dict(json.loads(text))
 
 
 def lookup(hub: str) -> dict[str, Any] | None:
-    """The catalog's configuration numbers of a hub id, or None."""
-    return _models().get(hub)
+    """The catalog's configuration numbers of a hub id, or None. An entry may name another of the same shape."""
+    found = _models().get(hub)
+    return lookup(found) if isinstance(found, str) else found
 
 
 def names() -> tuple[str, ...]:
@@ -77,26 +82,28 @@ def names() -> tuple[str, ...]:
 def parameters(s: Shape, head: str = "none") -> int | None:
     """Parameters of the causal model (`head = none`) or of its backbone with a scalar head.
 
-    Exact for the types of `SUPPORTED` as transformers builds them (a test compares), None for others. A
-    scalar head is one row over the backbone's output and takes the place of an untied output matrix.
+    Exact for the types of `FAMILIES` as transformers builds them (a test compares), None for others. A scalar
+    head is one row over the backbone's output and takes the place of an untied output matrix.
     """
-    if s.type not in SUPPORTED:
+    family = FAMILIES.get(s.type)
+    if family is None:
         return None
-    h, i, kv = s.hidden, s.intermediate, s.kv_width
-    norm = h if s.type in GATED else 2 * h  # RMSNorm has a weight, LayerNorm a weight and a bias
-    if s.type in GATED:
-        layer = 2 * h * h + 2 * h * kv + 3 * h * i + 2 * norm
-        if s.type == "qwen2":
-            layer += h + 2 * kv  # biases of q, k and v
-    else:
-        layer = 4 * h * h + 4 * h + 2 * h * i + i + h + 2 * norm
+    h, i, q, kv = s.hidden, s.intermediate, s.q_width, s.kv_width
+    norm = 2 * h if family.norm_bias else h
+    layer = 2 * h * (q + kv) + (3 if family.gated else 2) * h * i + family.norms * norm
+    if family.qkv_bias:
+        layer += q + 2 * kv
+    if family.biases:
+        layer += i + 2 * h
+    if family.head_norms:
+        layer += 2 * s.head_dim
     total = s.vocab * s.embed + s.layers * layer + (norm if s.final_norm else 0)
-    if s.type == "gpt2":
-        total += s.context * h
-    if s.type == "opt":
-        total += (s.context + 2) * h  # its learned positions start at 2
-        if s.embed != h:
-            total += 2 * s.embed * h
+    if family.learned is not None:
+        total += (s.context + family.learned) * h
+    if family.embed_norm:
+        total += norm
+    if s.embed != h:
+        total += 2 * s.embed * h
     if head == "scalar":
         return total + s.embed
     return total + (0 if s.tied else s.vocab * s.embed)
@@ -104,5 +111,8 @@ def parameters(s: Shape, head: str = "none") -> int | None:
 
 def largest_layer(s: Shape) -> int:
     """Parameters of the largest single module, which ZeRO 3 gathers whole: an embedding or one MLP matrix."""
-    mlp = s.hidden * s.intermediate + (0 if s.type in GATED else s.intermediate)
+    family = FAMILIES.get(s.type)
+    mlp = s.hidden * s.intermediate * (2 if s.type == "phi3" else 1)  # Phi 3 has gate and up in one
+    if family is not None and family.biases:
+        mlp += s.intermediate
     return max(s.vocab * s.embed, mlp)

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Block, Recipe
-from rlhfdsl.planning import fit as fitting
+from rlhfdsl.planning import advice
 from rlhfdsl.planning.batches import Misfit, nearest_divisor
 from rlhfdsl.planning.entries import Model
 from rlhfdsl.planning.fit import Fit, Rollout
 from rlhfdsl.planning.hardware import Target, catalog
 from rlhfdsl.planning.memory import USABLE
 from rlhfdsl.planning.problems import Problems
+from rlhfdsl.planning.timing import Work
 
 if TYPE_CHECKING:
-    from rlhfdsl.planning.stages import Part
+    from rlhfdsl.planning.placing import Part
 
 CODES = {
     "E0701": "a batch does not split evenly over the GPUs",
@@ -258,27 +259,43 @@ def interval(problems: Problems, block: Block, total: int | None, unit: str) -> 
             )  # fmt: skip
 
 
-def memory(problems: Problems, where: Target, at: str, placed: Fit, rollout: Rollout | None) -> None:
-    """A stage that is predicted to need more than a GPU has."""
-    if placed.fits is not False or placed.total is None or where.memory is None:
+def memory(
+    problems: Problems, where: Target, at: str, placed: Fit, rollout: Rollout | None, work: Work
+) -> None:
+    """A stage that is predicted to need more than a GPU has, with what would fit and what it costs in time."""
+    if placed.fits is not False or placed.peak is None or where.memory is None:
         return
+    worst = max(placed.phases, key=lambda phase: phase.peak)
     lines = [
-        f"{p.need.name}: {_gib(p.states.total)} of model states at ZeRO {p.zero}, "
-        f"{_gib(p.working or 0)} for a micro batch of {p.micro}"
+        f"{p.need.name}: {_gib(p.states.total + p.average)} of model states at ZeRO {p.zero}"
         for p in placed.engines
         if p.states is not None
     ]
-    if placed.cache is not None:
-        lines.append(f"rollout: {_gib(placed.cache)} of KV cache, {placed.generate} at once")
-    way = fitting.alternatives([p.need for p in placed.engines], rollout, where)
-    usable = _gib(int(where.memory * USABLE))
+    lines.append(
+        f"{worst.name}: {_gib(worst.resident)} that stays, {_gib(worst.working)} that the {worst.engine} needs at once"
+    )
+    needs = [p.need for p in placed.engines]
+    ways = advice.nearest(needs, rollout, where, work)
+    told = [f"`{way.words}` fits{_slower(way, ways[0])}" for way in ways]
+    if all("offload" in way.words for way in ways):
+        wider = advice.more_gpus(needs, rollout, where)
+        if wider is not None:
+            size = f"--gpus {wider.gpus} --nodes {wider.nodes}"
+            told.append(f"{size} fits with `zero = auto, offload = off, micro = auto`")
     problems.report(
         "E0712",
-        f"{at} needs {_gib(placed.total)} of each {where.gpu or 'GPU'}, of whose {_gib(where.memory)} a plan "
-        f"may fill {usable}",
+        f"{at} needs {_gib(placed.peak)} of each {where.gpu or 'GPU'}, of whose {_gib(where.memory)} a plan "
+        f"may fill {_gib(int(where.memory * USABLE))}",
         at, notes=lines,
-        help=f"`{way}` fits" if way else "nothing here fits: more or larger GPUs, or a smaller model",
+        help="; ".join(told) or "nothing here fits: more or larger GPUs, or a smaller model",
     )  # fmt: skip
+
+
+def _slower(way: advice.Change, first: advice.Change) -> str:
+    if way is first or not way.seconds or not first.seconds:
+        return ""
+    slower = round(way.seconds / first.seconds - 1, 2)
+    return f" (time {'+' if slower >= 0 else '-'} {abs(slower):.0%})"
 
 
 def _written(problems: Problems, address: str, name: str) -> bool:

@@ -14,19 +14,21 @@ from typing import Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import entries, stages
+from rlhfdsl.planning import entries, stages, timing
 from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.placing import Scope, base_of
 from rlhfdsl.planning.problems import Problems
 
 FORMAT_VERSION = "1.0"
 
 
 def compile(
-    recipe: Recipe, lock: Mapping[str, Any], target: Target
+    recipe: Recipe, lock: Mapping[str, Any], target: Target, *, fit: bool = False
 ) -> tuple[dict[str, Any] | None, tuple[Diagnostic, ...]]:
     """The plan (None when there is an error) and what there is to say about it.
 
     lock: as `planning.lock.read` gives it; facts that it lacks are null in the plan, and what needs them too.
+    fit: take the fastest layout that fits in place of the ZeRO, offload, checkpointing and micro that are written.
     """
     problems = Problems(recipe)
     reached = _reached(recipe, target)
@@ -36,7 +38,7 @@ def compile(
         for block in recipe.of_kind("model")
         if block.address in reached
     }
-    scope = stages.Scope(recipe, lock, target, problems, models)
+    scope = Scope(recipe, lock, target, problems, models, fit)
     output = recipe.block["output"]
     planned = []
     for block in recipe.stages:
@@ -56,8 +58,25 @@ def compile(
         "data": {b.address: entries.data(b) for b in recipe.of_kind("data") if b.address in reached},
         "blends": {b.address: entries.blend(b) for b in recipe.of_kind("blend") if b.address in reached},
         "stages": planned,
+        "time": _time(planned, models, target),
         "origins": _origins(recipe, reached),
     }, tuple(problems.found)  # fmt: skip
+
+
+def _time(planned: list[Any], models: Mapping[str, entries.Model], target: Target) -> dict[str, Any] | None:
+    """Seconds and cost of the whole, what they rest on; None when no rate of the target is known."""
+    dtypes = dict.fromkeys(model.dtype for model in models.values())
+    rates = [found for dtype in dtypes if (found := target.rates(dtype)) is not None]
+    if not rates:
+        return None
+    parts = [stage["time"]["seconds"] for stage in planned if stage["time"] is not None]
+    whole = len(parts) == len(planned) and None not in parts
+    seconds = round(float(sum(parts)), 3) if whole else None
+    price = rates[0].price
+    cost = None if seconds is None or price is None else round(seconds / 3600 * price * target.world, 2)
+    return {
+        "seconds": seconds, "price": price, "cost": cost, "assumptions": timing.assumptions(target, dtypes),
+    }  # fmt: skip
 
 
 def _version() -> str:
@@ -102,7 +121,7 @@ def _longest(recipe: Recipe) -> dict[str, int]:
             length = block["length"]
         for user in users:
             if user["model"] is not None:
-                base = stages.base_of(recipe, user["model"])
+                base = base_of(recipe, user["model"])
                 out[base] = max(out.get(base, 0), length)
     return out
 

@@ -17,6 +17,7 @@ from typing import Any
 
 NEVER = 1_000_000_000  # steps between DeepSpeed's own progress lines
 LARGEST_BUCKET = 200_000_000  # elements
+LIVE = 1_000_000_000  # parameters that ZeRO 3 may keep whole
 
 
 def config(
@@ -84,15 +85,19 @@ def _fp16(dtype: str) -> dict[str, Any]:
     }
 
 
+def bucket_size(parameters: int | None) -> int:
+    """Elements of a communication bucket. DeepSpeed allocates it whole, so a small model gets a small one."""
+    return max(1_000_000, min(LARGEST_BUCKET, parameters or LARGEST_BUCKET))
+
+
 def _zero(
     stage: int, offload: str, *, device: str, world: int, parameters: int | None, trains: bool
 ) -> dict[str, Any]:
-    """The `zero_optimization` block. Buckets are elements; DeepSpeed allocates them whole, so a small model
-    gets small ones."""
+    """The `zero_optimization` block."""
     out: dict[str, Any] = {"stage": stage}
     if stage == 0:
         return out
-    bucket = max(1_000_000, min(LARGEST_BUCKET, parameters or LARGEST_BUCKET))
+    bucket = bucket_size(parameters)
     if trains:
         out["contiguous_gradients"] = True
         out["reduce_scatter"] = True
@@ -107,8 +112,8 @@ def _zero(
         out["sub_group_size"] = NEVER
         out["stage3_prefetch_bucket_size"] = min(50_000_000, bucket)
         out["stage3_param_persistence_threshold"] = 100_000
-        out["stage3_max_live_parameters"] = NEVER
-        out["stage3_max_reuse_distance"] = NEVER
+        out["stage3_max_live_parameters"] = LIVE
+        out["stage3_max_reuse_distance"] = LIVE
         out["stage3_gather_16bit_weights_on_model_save"] = True
     pinned = {"device": "cpu", "pin_memory": device == "cuda"}
     if trains and offload in ("optimizer", "both"):

@@ -10,6 +10,7 @@ from typing import Any
 from rlhfdsl.language.recipe import Block, Recipe, Reference, Source
 from rlhfdsl.planning import catalog
 from rlhfdsl.planning.catalog import Shape, shape
+from rlhfdsl.planning.families import GATED
 from rlhfdsl.planning.lock import key_of
 from rlhfdsl.planning.problems import Problems
 
@@ -84,7 +85,7 @@ def _numbers(entry: Mapping[str, Any], facts: Mapping[str, Any] | None) -> dict[
         return dict(entry["arch"])
     listed = catalog.lookup(entry["from"]["hub"]) if "hub" in entry["from"] else None
     if facts is not None:
-        return {**(listed or {}), **facts}
+        return {**(listed or {}), **{name: value for name, value in facts.items() if value is not None}}
     return listed
 
 
@@ -93,13 +94,13 @@ def _arch(block: Block, longest: int, problems: Problems) -> dict[str, Any]:
     kind, hidden, heads = block["arch"], block["hidden"], block["heads"]
     kv_heads = block["kv_heads"] or heads
     address = block.address
-    if kind in catalog.GATED | {"gpt_neox"} and hidden // heads % 2:
+    if kind in GATED | {"gpt_neox"} and hidden // heads % 2:
         problems.report(
             "E0709", f"a head of {kind} is {hidden // heads} wide, and rotary positions need an even width",
             f"{address}.hidden", notes=[f"{hidden // heads} = hidden {hidden} / heads {heads}"],
             help=f"hidden = {(hidden // heads + 1) * heads} gives {hidden // heads + 1}",
         )  # fmt: skip
-    if kv_heads != heads and kind not in catalog.GATED:
+    if kv_heads != heads and kind not in GATED:
         problems.report(
             "E0709", f"{kind} has as many key heads as heads, and kv_heads = {kv_heads} is not {heads}",
             f"{address}.kv_heads", help="leave kv_heads out, or take arch = llama",
@@ -133,7 +134,7 @@ def _arch(block: Block, longest: int, problems: Problems) -> dict[str, Any]:
 
 def default_intermediate(kind: str, hidden: int) -> int:
     """4 hidden; for gated families 8/3 hidden (the same parameters) rounded up to a multiple of 32."""
-    if kind in catalog.GATED:
+    if kind in GATED:
         return -(-8 * hidden // (3 * 32)) * 32
     return 4 * hidden
 

@@ -1,12 +1,19 @@
-"""How a stage's engines lie on the devices: ZeRO stage, checkpointing and micro batch of each, derived where
+"""How a stage's engines lie on the devices: ZeRO stage, offload, checkpointing and micro batch of each, derived where
 `auto`.
 
-All engines of a stage keep their model states at once; their working sets (activations of a micro batch, the
-KV cache of a rollout) come one after another. So a stage fits when the sum of the states and the largest
-working set stay under 90 % of a device. The order of decisions, each the first that fits:
+A stage goes through phases. Weights, optimizer states, averages and the shards that ZeRO 3 keeps stay through all of
+them; the rest comes and goes:
+
+  generate   the KV cache, one layer's activations over the prompts or a draw over the vocabulary
+  score      one engine's forward over a micro batch
+  train      one engine's gradients, which live from its first backward to its step, its activations and buckets
+
+So a stage fits when in every phase what stays and the largest of what comes and goes are under 90 % of a device. The
+order of decisions, each the first that fits:
 
   1. ZeRO of engines that train: 0 for fp32 on one device, 1 for 16-bit on one device, else 1, 2, 3.
      Engines that only infer: 0, and 3 when that does not fit or the actor is at 3.
+     Engines without a `parallel` block: then offload of the optimizer, then of the parameters too.
   2. Checkpointing: off, unless the micro batch of step 3 would not fit without it.
   3. Micro batch: the largest divisor of the sequences of one device and step within the memory left and
      16 Ki tokens (4 Ki where the memory is unknown).
@@ -28,7 +35,7 @@ TOKENS_UNKNOWN = 4 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one engine asks of a device. None means `auto` (zero, checkpointing, micro) or unknown (shape,
+    """What one engine asks of a device. None means `auto` (zero, offload, checkpointing, micro) or unknown (shape,
     count).
 
     per_rank: items of one step on one device, which the micro batch divides. An item is `sequences` sequences
@@ -46,7 +53,7 @@ class Need:
     sequences: int
     length: int
     zero: int | None
-    offload: str
+    offload: str | None
     checkpointing: bool | None
     micro: int | None
     ema: bool  # an fp32 moving average of the weights, shared out over the devices
@@ -58,115 +65,131 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """The generation of a PPO stage: `per_rank` sequences of `length` tokens from the engine `actor`."""
+    """The generation of a PPO stage: `per_rank` sequences of `length` tokens from the engine `actor`, the first
+    `prompt` of them given."""
 
     per_rank: int
+    prompt: int
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One engine on a device. `states` and `working` are None when the model's numbers are unknown.
+    """One engine on a device. `states` is None when the model's numbers are unknown.
 
-    reason: why the ZeRO stage is what it is. room: bytes left beside all model states.
+    reason: why the ZeRO stage is what it is. average: bytes of its moving average. room: bytes left for its micro
+    batch. working: bytes that come and go, by phase.
     """
 
     need: Need
     zero: int
+    offload: str
     reason: str
     checkpointing: bool
     micro: int
     states: memory.States | None
-    working: int | None
+    average: int
     room: int | None
+    working: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The bytes of a device in one phase of a stage: what stays, what comes and goes, and whose that is."""
+
+    name: str
+    resident: int
+    working: int
+    engine: str
+
+    @property
+    def peak(self) -> int:
+        return self.resident + self.working
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A whole stage on a device, in bytes; `total` is None when a model's numbers are unknown."""
+    """A whole stage on a device, in bytes; no phases when a model's numbers are unknown.
+
+    generate: sequences generated at once on one device. cache: bytes of their keys and values.
+    """
 
     engines: tuple[Placement, ...]
-    generate: int | None  # sequences generated at once on one device
-    cache: int | None  # bytes of their KV cache and logits
-    states: int | None
-    total: int | None
+    generate: int | None
+    cache: int | None
+    phases: tuple[Phase, ...]
     usable: int | None
 
     @property
+    def peak(self) -> int | None:
+        return max((phase.peak for phase in self.phases), default=None)
+
+    @property
     def fits(self) -> bool | None:
-        if self.total is None or self.usable is None:
+        if self.peak is None or self.usable is None:
             return None
-        return self.total <= self.usable
+        return self.peak <= self.usable
 
 
 def fit(needs: Sequence[Need], rollout: Rollout | None, target: Target) -> Fit:
     """Place the engines of a stage; the result may not fit, which its `fits` tells."""
     last = None
-    for train, infer in _levels(needs, target):
-        last = _place(needs, rollout, target, train, infer)
+    for train, infer, offload in _levels(needs, target):
+        last = _place(needs, rollout, target, train, infer, offload)
         if last.fits is not False:
             break
     assert last is not None
     return last
 
 
-def alternatives(needs: Sequence[Need], rollout: Rollout | None, target: Target) -> str | None:
-    """The nearest change of settings that makes a stage fit, in words, or None when none of these does.
-
-    Tried in this order: checkpointing, a derived micro, ZeRO 2 and 3, offload of the optimizer, of
-    everything.
-    """
-
-    def changed(zero: int | None = None, offload: str | None = None) -> list[Need]:
-        out = []
-        for need in needs:
-            stage = need.zero if zero is None else max(zero, need.zero or 0)
-            part = need.offload if offload is None or not need.trains else offload
-            relaxed = replace(need, zero=stage, offload=part, checkpointing=need.trains, micro=None)
-            out.append(relaxed if need.trains or zero == 3 else replace(need, micro=None))
-        return out
-
-    trial = [replace(need, checkpointing=True) if need.trains else need for need in needs]
-    choices: list[tuple[str, list[Need]]] = [
-        ("gradient_checkpointing = on", trial),
-        ("gradient_checkpointing = on, micro = auto", changed()),
-    ]
-    if target.world > 1:
-        choices += [("zero = 2", changed(2)), ("zero = 3", changed(3))]
-    choices += [
-        ("zero = 2, offload = optimizer", changed(2, "optimizer")),
-        ("zero = 3, offload = optimizer", changed(3, "optimizer")),
-        ("zero = 3, offload = both", changed(3, "both")),
-    ]
-    for words, variant in choices:
-        if fit(variant, rollout, target).fits:
-            return words
-    return None
-
-
-def _levels(needs: Sequence[Need], target: Target) -> Iterator[tuple[int, int]]:
-    """(train, infer) ZeRO stages to try; a stage that an engine was given stands whatever comes here."""
+def _levels(needs: Sequence[Need], target: Target) -> Iterator[tuple[int, int, str]]:
+    """(train, infer, offload) to try; what an engine was given stands whatever comes here."""
     if target.world == 1:
-        yield 1, 0
-        return
-    yield from ((1, 0), (2, 0), (2, 3), (3, 3))
+        yield 1, 0, "off"
+    else:
+        for train, infer in ((1, 0), (2, 0), (2, 3), (3, 3)):
+            yield train, infer, "off"
+    if target.device == "cuda" and any(need.offload is None for need in needs):
+        yield 2, 0, "optimizer"
+        yield 3, 3, "optimizer"
+        yield 3, 3, "both"
 
 
-def _place(needs: Sequence[Need], rollout: Rollout | None, target: Target, train: int, infer: int) -> Fit:
+def _place(
+    needs: Sequence[Need], rollout: Rollout | None, target: Target, train: int, infer: int, offload: str
+) -> Fit:
+    needs = [replace(n, offload=_offload(n, offload)) if n.offload is None else n for n in needs]
     actor = next((n.zero for n in needs if n.name == "actor" and n.zero is not None), None)
     stages = {n.name: _stage(n, target, train, infer, actor) for n in needs}
     states = {n.name: _states(n, stages[n.name][0], target) for n in needs}
-    known = [s.total for s in states.values() if s is not None]
-    whole = sum(known) if len(known) == len(needs) else None
+    averages = {n.name: 4 * n.count // target.world if n.ema and n.count else 0 for n in needs}
+    known = [s for s in states.values() if s is not None]
+    resident = None
+    if len(known) == len(needs):
+        resident = sum(s.lasting for s in known) + sum(averages.values())
     usable = int(target.memory * memory.USABLE) if target.memory is not None else None
-    room = usable - whole if usable is not None and whole is not None else None
-    placed = tuple(_settle(n, *stages[n.name], states[n.name], room) for n in needs)
-    generate, cache = _generation(needs, rollout, room)
-    working = [p.working for p in placed] + ([cache] if rollout else [])
-    peak = None
-    if whole is not None and all(w is not None for w in working):
-        peak = whole + max(w for w in working if w is not None)
-    return Fit(placed, generate, cache, whole, peak, usable)
+    room = usable - resident if usable is not None and resident is not None else None
+    scores = rollout is not None
+    placed = tuple(
+        _settle(n, *stages[n.name], states[n.name], averages[n.name], room, target, scores) for n in needs
+    )
+    generate, cache, sampling = _generation(placed, rollout, room)
+    if resident is None:
+        return Fit(placed, generate, cache, (), usable)
+    phases = [] if sampling is None else [Phase("generate", resident, sampling, "actor")]
+    for name in ("score", "train"):
+        users = {p.need.name: p.working[name] for p in placed if name in p.working}
+        if users:
+            largest = max(users, key=lambda user: users[user])
+            phases.append(Phase(name, resident, users[largest], largest))
+    return Fit(placed, generate, cache, tuple(phases), usable)
+
+
+def _offload(need: Need, offload: str) -> str:
+    """What an engine without a say moves to the host at a level of `fit`."""
+    if need.trains:
+        return offload
+    return "params" if offload == "both" else "off"
 
 
 def _stage(need: Need, target: Target, train: int, infer: int, actor: int | None) -> tuple[int, str]:
@@ -191,61 +214,77 @@ def _stage(need: Need, target: Target, train: int, infer: int, actor: int | None
 def _states(need: Need, zero: int, target: Target) -> memory.States | None:
     if need.count is None or need.shape is None:
         return None
-    states = memory.states(
-        need.count, largest_layer(need.shape), dtype=need.dtype, zero=zero, offload=need.offload,
+    return memory.states(
+        need.count, largest_layer(need.shape), dtype=need.dtype, zero=zero, offload=need.offload or "off",
         trains=need.trains, gpus=target.gpus, nodes=target.nodes,
     )  # fmt: skip
-    if need.ema:
-        states = replace(states, optimizer=states.optimizer + 4 * need.count // target.world)
-    return states
 
 
-def _working(need: Need, checkpointing: bool, micro: int) -> int | None:
-    if need.shape is None:
-        return None
-    return memory.activations(
-        need.shape, sequences=micro * need.sequences, length=need.length, dtype=need.dtype,
-        trains=need.trains, checkpointing=checkpointing, head=need.head, eager=need.eager,
+def _working(need: Need, zero: int, states: memory.States, checkpointing: bool, micro: int, train: bool) -> int:
+    """Bytes of one micro batch in the phase `train` or `score`, with what the phase needs beside activations."""
+    assert need.shape is not None
+    used = memory.activations(
+        need.shape, sequences=micro * need.sequences, length=need.length, dtype=need.dtype, trains=train,
+        checkpointing=checkpointing, head=need.head, eager=need.eager,
     )  # fmt: skip
+    used += memory.gathered(states, dtype=need.dtype, zero=zero)
+    if train:
+        used += states.passing + memory.buckets(states.parameters, dtype=need.dtype, zero=zero)
+    return used
 
 
-def _settle(need: Need, zero: int, reason: str, states: memory.States | None, room: int | None) -> Placement:
-    """Checkpointing and micro batch of one engine in `room` bytes beside all model states, None for
-    unknown."""
+def _settle(
+    need: Need, zero: int, reason: str, states: memory.States | None, average: int, room: int | None,
+    target: Target, scores: bool,
+) -> Placement:  # fmt: skip
+    """Checkpointing and micro batch of one engine with `room` bytes beside all that stays, None for unknown."""
     by_tokens = need.micro or largest_divisor(need.per_rank, token_limit(room) // need.tokens)
 
+    def used(checkpointing: bool, micro: int) -> int | None:
+        return None if states is None else _working(need, zero, states, checkpointing, micro, need.trains)
+
     def fits(checkpointing: bool, micro: int) -> bool:
-        used = _working(need, checkpointing, micro)
-        return room is None or used is None or used <= room
+        bytes_used = used(checkpointing, micro)
+        return room is None or bytes_used is None or bytes_used <= room
 
     checkpointing = need.checkpointing
     if checkpointing is None:
         checkpointing = need.trains and not fits(False, by_tokens)
     choices = [d for d in divisors(need.per_rank) if d <= by_tokens and fits(checkpointing, d)]
     micro = need.micro or max(choices, default=1)
-    working = _working(need, checkpointing, micro)
-    return Placement(need, zero, reason, checkpointing, micro, states, working, room)
+    working = {}
+    if states is not None:
+        if scores:
+            working["score"] = _working(need, zero, states, False, micro, False)
+        if need.trains:
+            working["train"] = _working(need, zero, states, checkpointing, micro, True)
+    offload = need.offload or "off"
+    return Placement(need, zero, offload, reason, checkpointing, micro, states, average, room, working)
 
 
 def _generation(
-    needs: Sequence[Need], rollout: Rollout | None, room: int | None
-) -> tuple[int | None, int | None]:
-    """Sequences to generate at once and the bytes of their KV cache and one step's logits."""
+    placed: Sequence[Placement], rollout: Rollout | None, room: int | None
+) -> tuple[int | None, int | None, int | None]:
+    """Sequences to generate at once, the bytes of their KV cache, and of all that generation needs."""
     if rollout is None:
-        return None, None
-    actor = next(need for need in needs if need.name == "actor")
-    shape = actor.shape
-    if shape is None:
-        return rollout.per_rank, None
+        return None, None, None
+    actor = next(p for p in placed if p.need.name == "actor")
+    shape, states = actor.need.shape, actor.states
+    if shape is None or states is None:
+        return rollout.per_rank, None, None
+    gathered = memory.gathered(states, dtype=actor.need.dtype, zero=actor.zero)
 
-    def used(rows: int) -> int:
-        logits = rows * shape.vocab * (memory.BYTES[actor.dtype] + 4)
-        return logits + memory.kv_cache(shape, sequences=rows, length=rollout.length, dtype=actor.dtype)
+    def used(rows: int) -> tuple[int, int]:
+        cache, working = memory.generation(
+            shape, rows=rows, prompt=rollout.prompt, length=rollout.length, dtype=actor.need.dtype,
+            eager=actor.need.eager,
+        )  # fmt: skip
+        return cache, cache + working + gathered
 
-    if room is None:
-        return rollout.per_rank, used(rollout.per_rank)
-    rows = max((d for d in divisors(rollout.per_rank) if used(d) <= room), default=1)
-    return rows, used(rows)
+    rows = rollout.per_rank
+    if room is not None:
+        rows = max((d for d in divisors(rollout.per_rank) if used(d)[1] <= room), default=1)
+    return rows, *used(rows)
 
 
 def token_limit(room: int | None) -> int:

@@ -1,9 +1,10 @@
 """What a plan is made for: devices, their number and memory, from flags, the recipe's cluster, or the
 machine.
 
-The catalog (`gpus.json`) gives memory as `nvidia-smi` reports it (MiB), dense 16-bit rates (TFLOP/s, without
-sparsity) and memory bandwidth (GB/s) from the vendors' data sheets. Detection asks `nvidia-smi` and never
-imports torch.
+The catalog (`gpus.json`) gives memory as `nvidia-smi` reports it (MiB), dense rates (TFLOP/s, without sparsity) and
+memory bandwidth (GB/s) from the vendors' data sheets, links each way (GB/s: to the other GPUs of a node, to the host,
+to other nodes in an installation usual for that GPU) and a typical price on demand (USD for a GPU and hour). Detection
+asks `nvidia-smi` and never imports torch.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from rlhfdsl.planning import rates
+from rlhfdsl.planning.rates import Rates
 
 MIB = 2**20
 
@@ -23,7 +27,7 @@ MIB = 2**20
 @dataclass(frozen=True, slots=True)
 class Target:
     """The devices of a plan. `gpus` counts those of one node; `memory` is bytes of one device, None on a
-    CPU."""
+    CPU. `profile`: what `rlhf bench` measured, by name; `price` in place of the catalog's."""
 
     device: str  # "cpu" | "cuda"
     gpu: str | None
@@ -31,6 +35,8 @@ class Target:
     nodes: int
     gpus: int
     origin: str  # "--gpu", "cluster.node" or "detected"
+    profile: tuple[str, Mapping[str, Any]] | None = None
+    price: float | None = None
 
     @property
     def world(self) -> int:
@@ -41,6 +47,22 @@ class Target:
         """False only for a catalog GPU that computes in no bf16; unknown devices are taken to have it."""
         entry = catalog().get(self.gpu or "")
         return entry is None or entry["bf16_tflops"] is not None
+
+    def rates(self, dtype: str) -> Rates | None:
+        """Achieved rates for a model's type: measured, else from the catalog; None where neither tells.
+
+        The processes of a CPU share what was measured of it.
+        """
+        found = None
+        if self.profile is not None:
+            found = rates.of_profile(self.profile[1], self.profile[0], dtype)
+        elif self.gpu in catalog():
+            found = rates.of_catalog(catalog()[self.gpu], self.gpu, dtype)
+        if found is None:
+            return None
+        if self.device == "cpu":
+            found = replace(found, matmul=found.matmul / self.gpus, copy=found.copy / self.gpus)
+        return found if self.price is None else replace(found, price=self.price)
 
     @property
     def devices(self) -> str:
@@ -57,7 +79,7 @@ class Target:
 
 @cache
 def catalog() -> dict[str, dict[str, Any]]:
-    """GPU name -> memory_mib, bf16_tflops, fp16_tflops, bandwidth_gb, names (as the driver reports them)."""
+    """GPU name -> memory_mib, rates, links, price, names (as the driver reports them)."""
     return dict(json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8")))
 
 
@@ -97,8 +119,10 @@ def resolve(flags: Mapping[str, Any], cluster: Mapping[str, Any] | None, machine
     """The target of a plan: each of gpu, gpus and nodes from the flags, else the cluster, else the machine.
 
     flags, cluster: {"gpu", "gpus", "nodes"}, None where not given; a cluster also has "address". Raises
-    KeyError for a GPU name that the catalog does not list.
+    KeyError for a GPU name that the catalog does not list. `gpu` may be a profile (`PATH.json`), which stands for
+    the devices that were measured.
     """
+    price = flags.get("price")
     given = [f"--{key}" for key in ("gpu", "gpus", "nodes") if flags.get(key) is not None]
     cluster = cluster or {}
     gpu = flags.get("gpu") or cluster.get("gpu")
@@ -106,7 +130,18 @@ def resolve(flags: Mapping[str, Any], cluster: Mapping[str, Any] | None, machine
     gpus = flags.get("gpus") or cluster.get("gpus")
     nodes = flags.get("nodes") or cluster.get("nodes") or 1
     if gpu is None:
-        return Target(machine.device, machine.gpu, machine.memory, nodes, gpus or machine.gpus, origin)
+        here = machine
+        return Target(here.device, here.gpu, here.memory, nodes, gpus or here.gpus, origin, price=price)
     if gpu == "cpu":
-        return Target("cpu", None, None, nodes, gpus or 1, origin)
-    return Target("cuda", gpu, catalog()[gpu]["memory_mib"] * MIB, nodes, gpus or 1, origin)
+        return Target("cpu", None, None, nodes, gpus or 1, origin, price=price)
+    if is_profile(gpu):
+        measured, name = rates.read_profile(Path(gpu)), Path(gpu).name
+        return Target(
+            measured["device"], measured["gpu"], measured["memory"], nodes, gpus or 1, origin, (name, measured), price
+        )
+    return Target("cuda", gpu, catalog()[gpu]["memory_mib"] * MIB, nodes, gpus or 1, origin, price=price)
+
+
+def is_profile(name: str) -> bool:
+    """Whether a `--gpu` names a file that `rlhf bench` wrote."""
+    return name.endswith(".json")

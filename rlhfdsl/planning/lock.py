@@ -19,6 +19,8 @@ from rlhfdsl.language.diagnostics import UserError
 
 VERSION = 1
 NAME = "rlhf.lock"
+WHOLE = 16 << 20  # bytes: larger files are pinned by their ends, since every plan looks at every pin
+END = 1 << 20
 Facts = dict[str, Any]
 
 
@@ -66,32 +68,52 @@ def write(path: Path, lock: dict[str, Any]) -> None:
     scratch.replace(path)
 
 
-def stale(facts: Facts, base: Path) -> list[str]:
-    """The files of some facts that are gone or have other bytes now. Paths are relative to `base`."""
-    return [name for name, pinned in facts.get("files", {}).items() if not _same(base / name, pinned)]
+def pin(path: Path) -> Facts:
+    """What a file is known by: its size and the sha256 of it all, or of a large one the sha256 of its ends.
+
+    A checkpoint of safetensors has its header, which lists every tensor, at its beginning.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            return {"bytes": size, "sha256": "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()}
+        ends = hashlib.sha256(file.read(END))
+        file.seek(-END, os.SEEK_END)
+        ends.update(file.read(END))
+    return {"bytes": size, "ends": "sha256:" + ends.hexdigest()}
+
+
+def stale(facts: Facts, base: Path, seen: dict[Path, Facts] | None = None) -> list[str]:
+    """The files of some facts that are gone or have other bytes now. Paths are relative to `base`.
+
+    seen: pins of files that were read before, which are added to, so that no file is read twice.
+    """
+    seen = {} if seen is None else seen
+    return [name for name, pinned in facts.get("files", {}).items() if not _same(base / name, pinned, seen)]
 
 
 def drop_stale(lock: dict[str, Any], plan: dict[str, Any], base: Path) -> list[str]:
     """Take the facts out of `lock` that a plan asks for and whose files have changed; returns those files."""
     changed: dict[str, None] = {}
+    seen: dict[Path, Facts] = {}
     for part, entries in (("edges", edges(plan)), ("models", iter(plan["models"].items()))):
         for _, entry in entries:
-            old = stale(lock[part].get(entry["key"], {}), base)
+            old = stale(lock[part].get(entry["key"], {}), base, seen)
             if old:
                 del lock[part][entry["key"]]
                 changed |= dict.fromkeys(old)
     return list(changed)
 
 
-def _same(path: Path, pinned: Facts) -> bool:
+def _same(path: Path, pinned: Facts, seen: dict[Path, Facts]) -> bool:
     try:
         if path.stat().st_size != pinned["bytes"]:
             return False
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if path not in seen:
+            seen[path] = pin(path)
     except OSError:
         return False
-    return digest == str(pinned["sha256"]).removeprefix("sha256:")
+    return seen[path] == pinned
 
 
 def edges(plan: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

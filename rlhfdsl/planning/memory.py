@@ -3,18 +3,21 @@
 Model states follow DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`,
 `estimate_zero3_model_states_mem_needs`) for 16-bit weights at stages 2 and 3, and a test holds them equal;
 stages 0 and 1, fp32 and engines that only infer extend the same bookkeeping. Activations are closed forms,
-stated beside each function. They leave out the allocator's slack, the CUDA context and DeepSpeed's
-communication buffers, for which `USABLE` leaves room.
+stated beside each function. They leave out the allocator's slack and the CUDA context, for which `USABLE` leaves
+room.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhfdsl.planning.catalog import GATED, Shape
+from rlhfdsl.planning.catalog import Shape
+from rlhfdsl.planning.deepspeed_config import LIVE, bucket_size
+from rlhfdsl.planning.families import FAMILIES
 
 USABLE = 0.9  # the share of a device that a plan may fill
 CHUNK = 1 << 26  # bytes of fp32 logits at once, as in training/losses.py
+DRAW = 36  # for each logit: fp32 scores three times, three int64 of the hash behind the noise (rollout/sampling.py)
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -28,9 +31,21 @@ class States:
     optimizer: int
     host: int
 
+    lasting_gradients: bool = False  # ZeRO 3 keeps their shard from step to step
+
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
+
+    @property
+    def lasting(self) -> int:
+        """What stays when the engine is not in use."""
+        return self.total - self.passing
+
+    @property
+    def passing(self) -> int:
+        """What lives from the first backward of a step to its end."""
+        return 0 if self.lasting_gradients else self.gradients
 
 
 def states(
@@ -71,8 +86,39 @@ def states(
     gradients = 4 * count // world
     optimizer = (width + 16) * count // world - shard - gradients
     if offload == "params":
-        return States(count, gathered, gradients, optimizer, width * count // nodes)
-    return States(count, gathered + shard, gradients, optimizer, 0)
+        return States(count, gathered, gradients, optimizer, width * count // nodes, True)
+    return States(count, gathered + shard, gradients, optimizer, 0, True)
+
+
+def gathered(states: States, *, dtype: str, zero: int) -> int:
+    """Bytes of parameters that ZeRO 3 keeps whole in use, beyond the one module that `states` counts.
+
+    DeepSpeed releases a parameter after use only when LIVE parameters are whole or its next use is LIVE away.
+    """
+    return 0 if zero < 3 else max(0, BYTES[dtype] * min(states.parameters, LIVE) - states.weights)
+
+
+def buckets(count: int, *, dtype: str, zero: int) -> int:
+    """Bytes of the buffers in which ZeRO collects gradients for the other ranks: one, at stage 2 one more."""
+    return 0 if zero == 0 else bucket_size(count) * BYTES[dtype] * (2 if zero == 2 else 1)
+
+
+def layer_tokens(s: Shape, length: int, dtype: str, eager: bool) -> int:
+    """Bytes that one layer keeps for the backward pass of each token of sequences of `length`.
+
+    With e bytes for an element: 4 e for each element of the queries' width (queries, keys and values at their full
+    width after rotation, the attention's result), what the family's norms and MLP keep (families.py), and either
+    eager attention's scores or the additive mask that scaled-dot-product attention makes.
+    """
+    e = BYTES[dtype]
+    family = FAMILIES.get(s.type, FAMILIES["llama"])
+
+    def bytes_of(pair: tuple[int, int]) -> int:
+        return pair[0] * e + pair[1]
+
+    kept = 4 * e * s.q_width + bytes_of(family.kept_hidden) * s.hidden + family.kept_mlp * e * s.intermediate
+    kept += bytes_of(family.kept_heads) * (s.q_width + s.kv_width) + family.kept_kv * e * s.kv_width
+    return kept + (s.heads * length * bytes_of(family.scores) if eager else length * e)
 
 
 def activations(
@@ -88,23 +134,15 @@ def activations(
 ) -> int:
     """Bytes that one micro batch of `sequences` x `length` tokens holds at its peak, besides model states.
 
-    With e bytes for an element, each token keeps in each layer, to train:
-      attention  e (4 hidden + 2 (hidden + 2 kv))  norm in and out, attention, projection; q k v twice
-      MLP        e (3 hidden + g intermediate)     g = 4 with a gate (gate, up, activation, product), else 2
-      norms      8 hidden                          two fp32 copies
-    and with eager attention (heads x length) x (e + 4) scores. With checkpointing a layer keeps its input,
-    e hidden, and one layer at a time is whole. Without training one layer's set is the peak.
+    To train every layer keeps its set (`layer_tokens`); with checkpointing a layer keeps its input, and one layer at
+    a time is whole. Without training one layer's set is the peak.
 
-    The output of a causal model adds, for each token, vocab x 2 e: the logits, and their copy without the
-    last position; to train as much again for the gradients of both. The loss makes its fp32 copy in chunks of
-    CHUNK bytes, of which three live at once.
+    The output of a causal model adds, for each token, vocab x 2 e: the logits, and their copy without the last
+    position; to train as much again, the gradients of the copy by chunk and joined. The loss makes its fp32 copy in
+    chunks of CHUNK bytes, of which three live at once.
     """
     e, tokens = BYTES[dtype], sequences * length
-    gate = 4 if s.type in GATED else 2
-    layer = e * (4 * s.hidden + 2 * (s.hidden + 2 * s.kv_width) + 3 * s.hidden + gate * s.intermediate)
-    layer += 8 * s.hidden
-    if eager:
-        layer += s.heads * length * (e + 4)
+    layer = layer_tokens(s, length, dtype, eager)
     if not trains:
         kept = layer
     elif checkpointing:
@@ -120,3 +158,15 @@ def activations(
 def kv_cache(s: Shape, *, sequences: int, length: int, dtype: str) -> int:
     """Bytes of the keys and values of `sequences` rows of `length` tokens."""
     return 2 * s.layers * s.kv_width * BYTES[dtype] * sequences * length
+
+
+def generation(s: Shape, *, rows: int, prompt: int, length: int, dtype: str, eager: bool) -> tuple[int, int]:
+    """(cache, working) bytes of sampling `rows` sequences at once, from `prompt` tokens to `length`.
+
+    The cache grows by joining each step's keys and values to it, which holds one layer twice. Working is the
+    larger of one layer's set over the prompts and a draw over the vocabulary: the logits twice, DRAW bytes more.
+    """
+    cache = kv_cache(s, sequences=rows, length=length, dtype=dtype)
+    prefill = rows * prompt * layer_tokens(s, prompt, dtype, eager)
+    draw = rows * s.vocab * (2 * BYTES[dtype] + DRAW)
+    return cache + cache // s.layers, max(prefill, draw)

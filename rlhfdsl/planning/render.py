@@ -14,8 +14,7 @@ SAMPLE_LINES = 12
 
 def render(plan: Json) -> str:
     """A plan (of plan.schema.json) as plain text: header, stages, engines, batches, data, writes."""
-    parts = [_header(plan), _overview(plan), *(_stage(plan, stage) for stage in plan["stages"])]
-    parts.append([f"{_count(len(plan['stages']), 'stage')}. Nothing was run or changed."])
+    parts = [_header(plan), _overview(plan), *(_stage(plan, stage) for stage in plan["stages"]), _closing(plan)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -48,12 +47,30 @@ def _overview(plan: Json) -> list[str]:
         else:
             item = "pairs" if stage["kind"] == "reward" else "sequences"
             what = f"{_number(batch['updates'])} updates of {_number(batch['batch'])} {item}"
-        rows.append(["  +", stage["address"], what, "from " + ", ".join(stage["needs"])])
+        time = stage["time"]
+        about = "" if time is None or time["seconds"] is None else f"~ {_duration(time['seconds'])}"
+        rows.append(["  +", stage["address"], what, "from " + ", ".join(stage["needs"]), about])
     return _table(rows)
 
 
+def _closing(plan: Json) -> list[str]:
+    """The whole in time and money, what that rests on, and that nothing has happened."""
+    lines, time = [], plan["time"]
+    if time is not None:
+        about = LATER if time["seconds"] is None else f"~ {_duration(time['seconds'])}"
+        devices = _count(plan["target"]["world"], "GPU" if plan["target"]["device"] == "cuda" else "process")
+        cost = ""
+        if time["cost"] is not None:
+            cost = f", ~ ${time['cost']:,.2f} at ${time['price']:.2f} for a GPU and hour"
+        lines.append(f"time    {about} on {devices}{cost} (estimate, not measured)")
+        lines += [f"        {text}" for text in time["assumptions"]]
+    elif plan["target"]["device"] == "cpu":
+        lines.append("time    unknown; `rlhf bench -o here.json` measures this machine for `rlhf plan --gpu here.json`")
+    return [*lines, f"{_count(len(plan['stages']), 'stage')}. Nothing was run or changed."]
+
+
 def _stage(plan: Json, stage: Json) -> list[str]:
-    lines = [stage["address"], *_engines(stage), *_memory(plan, stage), *_batch(stage)]
+    lines = [stage["address"], *_engines(stage), *_memory(plan, stage), *_time(stage), *_batch(stage)]
     for name, edge in stage["edges"].items():
         if edge is not None:
             lines += _edge(name, edge)
@@ -73,26 +90,48 @@ def _engines(stage: Json) -> list[str]:
         ["  checkpointing", *("on" if e["gradient_checkpointing"] else "off" for e in engines.values())]
     )
     rows.append(["  learning rate", *(_schedule(engine["schedule"]) for engine in engines.values())])
-    rows.append(["  GiB: states", *(_gib(memory[name]["total"]) for name in engines)])
-    rows.append(["       working set", *(_gib(memory[name]["working"]) for name in engines)])
+    rows.append(["  GiB: stays", *(_gib(memory[name]["lasting"]) for name in engines)])
+    for phase in stage["memory"]["phases"]:
+        if phase != "generate":
+            sets = [memory[name]["working"].get(phase) for name in engines]
+            rows.append([f"       {phase}", *("-" if size is None else _gib(size) for size in sets)])
     if any(memory[name]["host"] for name in engines):
         rows.append(["       on the host", *(_gib(memory[name]["host"]) for name in engines)])
     return _table(rows)
 
 
 def _memory(plan: Json, stage: Json) -> list[str]:
-    memory, lines = stage["memory"], []
-    if memory["generate"] is not None:
-        rows = stage["batch"]["generate_per_rank"]
-        cache = _gib(memory["generate"])
-        lines.append(f"  generate  {rows} sequences at once on each device, {cache} GiB of cache")
-    if memory["total"] is None:
-        return [*lines, f"  peak      {LATER}"]
-    peak = f"  peak      {_gib(memory['total'])} GiB"
+    """The peak of each phase against the device."""
+    memory = stage["memory"]
+    if not memory["phases"]:
+        return [f"  peak      {LATER}"]
+    lines = []
+    device = plan["target"]["gpu"] or "device"
+    for name, phase in memory["phases"].items():
+        line = f"  {name:<9} {_gib(phase['peak'])} GiB = {_gib(phase['resident'])} that stay + {_gib(phase['working'])}"
+        if name == "generate":
+            rows = _count(stage["batch"]["generate_per_rank"], "sequence")
+            line += f" for {rows} at once, {_gib(memory['cache'])} of them cache"
+        elif len(stage["engines"]) > 1:
+            line += f" of the {phase['engine']}"
+        lines.append(line)
+    peak = f"  peak      {_gib(memory['peak'])} GiB"
     if memory["available"] is not None:
-        peak += f" of {_gib(memory['available'])} on each {plan['target']['gpu'] or 'GPU'}"
+        share = memory["peak"] / memory["available"]
+        peak += f" of {_gib(memory['available'])} on each {device} ({share:.0%})"
         peak += "  ok" if memory["fits"] else "  does not fit"
     return [*lines, peak + " (estimate)"]
+
+
+def _time(stage: Json) -> list[str]:
+    time = stage["time"]
+    if time is None:
+        return []
+    each = time["each"]
+    unit = "rollout" if stage["kind"] == "ppo" else "update"
+    parts = f" = {' + '.join(f'{name} {_duration(value)}' for name, value in each.items())}" if len(each) > 1 else ""
+    whole = "" if time["seconds"] is None else f"; ~ {_duration(time['seconds'])} in all"
+    return [f"  time      ~ {_duration(sum(each.values()))} for each {unit}{parts}{whole} (estimate)"]
 
 
 def _batch(stage: Json) -> list[str]:
@@ -230,6 +269,17 @@ def _size(count: int | None) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count} bytes"
+
+
+def _duration(seconds: float) -> str:
+    """Two digits are enough for an estimate: `0.4 s`, `42 s`, `7 m`, `2.5 h`, `3.1 days`."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "m")):
+        if seconds >= (2 * size if unit == "days" else size):
+            value = seconds / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    if seconds >= 1:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.1f} ms"
 
 
 def _number(count: int | None) -> str:

@@ -1,4 +1,4 @@
-"""A stage block becomes a stage of the plan: edges, engines, batch algebra, settings, memory, what it writes.
+"""A stage block becomes a stage of the plan: edges, engines, batch algebra, settings, memory, time, what it writes.
 
 Each function reads from top to bottom in the order in which the plan decides: what comes in, whether it can
 run here, how a batch splits over the devices, how the engines lie on them, how long the run is.
@@ -7,75 +7,17 @@ run here, how a batch splits over the devices, how the engines lie on them, how 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import checks, deepspeed_config, entries
-from rlhfdsl.planning.batches import Misfit, largest_divisor, run_length, share, warmup_updates
-from rlhfdsl.planning.entries import Model, Wanted
-from rlhfdsl.planning.fit import Fit, Need, Placement, Rollout, fit, token_limit
-from rlhfdsl.planning.hardware import Target
-from rlhfdsl.planning.memory import BYTES
-from rlhfdsl.planning.problems import Problems
+from rlhfdsl.language.recipe import Block
+from rlhfdsl.planning import checks, timing
+from rlhfdsl.planning.batches import Misfit, largest_divisor, run_length, share
+from rlhfdsl.planning.entries import Wanted
+from rlhfdsl.planning.fit import Rollout
+from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, time_of, why, write
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What every stage of a recipe is planned with."""
-
-    recipe: Recipe
-    lock: Mapping[str, Any]
-    target: Target
-    problems: Problems
-    models: Mapping[str, Model]
-
-    def model(self, reference: Reference) -> Model:
-        """The model whose architecture and tokenizer the weights behind a reference have."""
-        return self.models[base_of(self.recipe, reference)]
-
-    def edge(self, want: Wanted, model: Model) -> Json:
-        return entries.edge(want, model, self.recipe, self.lock)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One engine of a stage before it is placed. `group` is the block with its settings; `at` its address."""
-
-    name: str
-    role: str
-    at: str
-    group: Block | None
-    reference: Reference
-    head: str
-    trains: bool
-    per_rank: int
-    sequences: int
-    length: int
-
-
-def base_of(recipe: Recipe, reference: Reference) -> str:
-    """The address of the model block that a policy or reward model goes back to."""
-    block = recipe.blocks[reference.address]
-    while block.kind == "stage":
-        inner = block
-        if block.type == "stage.ppo":
-            inner = block.blocks["critic" if reference.facet == "critic" else "actor"]
-        reference = inner["model"]
-        block = recipe.blocks[reference.address]
-    return block.address
-
-
-def weights_of(recipe: Recipe, reference: Reference) -> Json:
-    """Where an engine's weights come from: a model block or an artifact of a stage."""
-    block = recipe.blocks[reference.address]
-    if block.kind == "model":
-        return {"model": block.address}
-    artifact = reference.facet or {"stage.reward": "reward"}.get(block.type, "policy")
-    return {"stage": block.address, "artifact": artifact}
 
 
 def seed_of(recipe_seed: int, address: str) -> int:
@@ -106,10 +48,11 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
     per_rank = _split(scope, f"{at}.batch", "batch", batch, item)
     if per_rank is None:
         return None
-    placed = _fit(scope, at, [replace(part, per_rank=per_rank)], None)
+    work = timing.Supervised(_mean(edges["train"], length))
+    placed = place(scope, at, [replace(part, per_rank=per_rank)], None, work)
     if placed is None:
         return None
-    (engine,) = placed.engines
+    (only,) = placed.engines
 
     rows = _used(edges["train"])
     epochs = None if block["steps"] is not None else block["epochs"]
@@ -119,16 +62,16 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
         checks.has_updates(scope.problems, f"{at}.batch", run.per_epoch, rows or 0, batch, item)
         checks.tail(scope.problems, f"{at}.batch", run.dropped_tail, rows or 0, batch, item)
     checks.interval(scope.problems, block, updates, "updates")
-    accumulation = per_rank // engine.micro
+    accumulation = per_rank // only.micro
     batches: Json = {
-        "batch": batch, "world": scope.target.world, "per_rank": per_rank, "micro": engine.micro,
+        "batch": batch, "world": scope.target.world, "per_rank": per_rank, "micro": only.micro,
         "accumulation": accumulation, "rows": rows, "epochs": epochs,
         "updates_per_epoch": run.per_epoch if run else None, "updates": updates,
         "dropped_tail": run.dropped_tail if run else None,
         "why": {
             "per_rank": f"batch {batch} / {scope.target.world} {scope.target.devices}",
-            **_why(engine, item),
-            "accumulation": f"{per_rank} / micro {engine.micro}",
+            **why(only, item),
+            "accumulation": f"{per_rank} / micro {only.micro}",
             "updates": _why_updates(run is not None, rows, batch, epochs, block["steps"]),
         },
     }  # fmt: skip
@@ -140,9 +83,10 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
         "address": at, "kind": kind, "needs": [block["model"].address], "output": output,
         "seed": seed_of(scope.recipe.block["seed"], at), "artifacts": {role: f"{output}/model"},
         "edges": edges,
-        "engines": {role: _engine(scope, part, engine, model, accumulation, updates)},
-        "batch": batches, "settings": settings, "memory": _memory(scope, placed),
-        "writes": [_write(f"{output}/model", model, head)],
+        "engines": {role: engine(scope, part, only, model, accumulation, updates)},
+        "batch": batches, "settings": settings, "memory": memory_of(scope, placed),
+        "time": time_of(scope, placed, work, updates),
+        "writes": [write(f"{output}/model", model, head)],
     }  # fmt: skip
 
 
@@ -193,7 +137,11 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
     per_rank, train = sequences // world, minibatch // world
     ptx_rank = split[2] or 0
     sized = [replace(part, per_rank=train if part.trains else per_rank) for part in parts]
-    placed = _fit(scope, at, sized, Rollout(per_rank, length))
+    work = timing.Ppo(
+        sequences=per_rank, prompt=_mean(edges["train"], rollout["prompt"]), answer=rollout["answer"],
+        updates=update["epochs"] * whole, passes=update["epochs"], ptx=ptx_rank, length=length,
+    )  # fmt: skip
+    placed = place(scope, at, sized, Rollout(per_rank, rollout["prompt"], length), work)
     if placed is None:
         return None
     engines = {p.need.name: p for p in placed.engines}
@@ -212,42 +160,42 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
     checks.critic_warmup(scope.problems, f"{at}.critic.warmup_rollouts", late, rollouts)
     checks.interval(scope.problems, block, rollouts, "rollouts")
     own = {"actor": None if rollouts is None else max(0, rollouts - late) * each, "critic": updates}
-    why: Json = {
+    reasons: Json = {
         "per_rank": f"{rollout['batch']} prompts x {rollout['answers']} / {world} {scope.target.devices}",
         "minibatches": f"{sequences} sequences / minibatch {minibatch}",
         "updates_per_rollout": f"{update['epochs']} epochs x {whole} minibatches",
         "rollouts": _why_updates(run is not None, rows, rollout["batch"], epochs, block["rollouts"]),
     }
-    for name, engine in engines.items():
-        why |= {f"{name}.{key}": text for key, text in _why(engine, "sequences").items()}
+    for name, placement in engines.items():
+        reasons |= {f"{name}.{key}": text for key, text in why(placement, "sequences").items()}
     batches: Json = {
         "prompts": rollout["batch"], "answers": rollout["answers"], "sequences": sequences, "world": world,
         "per_rank": per_rank, "minibatch": minibatch, "minibatches": whole, "update_epochs": update["epochs"],
         "updates_per_rollout": each, "rollouts": rollouts, "updates": updates, "rows": rows,
         "dropped_tail": run.dropped_tail if run else None, "generate_per_rank": placed.generate,
         "ptx": _ptx_batch(ptx["batch"], ptx_rank, engines["actor"].micro) if ptx is not None else None,
-        "why": why,
+        "why": reasons,
     }  # fmt: skip
-    writes = [_write(f"{output}/actor", model, "none")]
+    writes = [write(f"{output}/actor", model, "none")]
     artifacts = {"policy": f"{output}/actor"}
     if actor["ema"] is not None:
         artifacts["ema"] = f"{output}/actor-ema"
-        writes.append(_write(f"{output}/actor-ema", model, "none"))
+        writes.append(write(f"{output}/actor-ema", model, "none"))
     artifacts["critic"] = f"{output}/critic"
-    writes.append(_write(f"{output}/critic", scope.model(critic["model"]), "scalar"))
+    writes.append(write(f"{output}/critic", scope.model(critic["model"]), "scalar"))
     needs = dict.fromkeys(part.reference.address for part in parts)
     return {
         "address": at, "kind": "ppo", "needs": list(needs), "output": output,
         "seed": seed_of(scope.recipe.block["seed"], at), "artifacts": artifacts, "edges": edges,
         "engines": {
-            part.name: _engine(
+            part.name: engine(
                 scope, part, engines[part.name], scope.model(part.reference),
                 train // engines[part.name].micro if part.trains else 1, own.get(part.name),
             )
             for part in parts
         },
         "batch": batches, "settings": _ppo_settings(block, rollouts, epochs),
-        "memory": _memory(scope, placed), "writes": writes,
+        "memory": memory_of(scope, placed), "time": time_of(scope, placed, work, rollouts), "writes": writes,
     }  # fmt: skip
 
 
@@ -281,108 +229,9 @@ def _split(scope: Scope, at: str, name: str, total: int, item: str) -> int | Non
     return part
 
 
-def _fit(scope: Scope, at: str, parts: Sequence[Part], rollout: Rollout | None) -> Fit | None:
-    """Place the engines of a stage; None (and a report) when a written micro batch does not divide."""
-    needs = []
-    for part in parts:
-        parallel = _parallel(scope.recipe, part)
-        micro = None if parallel is None or parallel["micro"] == "auto" else parallel["micro"]
-        if micro is not None and part.per_rank % micro:
-            checks.micro(scope.problems, f"{_address(parallel)}.micro", part, micro)
-            return None
-        needs.append(_need(scope, part, parallel, micro))
-    placed = fit(needs, rollout, scope.target)
-    checks.memory(scope.problems, scope.target, at, placed, rollout)
-    return placed
-
-
-def _address(block: Block | None) -> str:
-    assert block is not None
-    return block.address
-
-
-def _parallel(recipe: Recipe, part: Part) -> Block | None:
-    if part.group is None or part.group["parallel"] is None:
-        return None
-    return recipe.blocks[part.group["parallel"].address]
-
-
-def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -> Need:
-    model = scope.model(part.reference)
-    zero: int | None = None
-    offload, checkpointing = "off", None if part.trains else False
-    if parallel is not None:
-        zero = None if parallel["zero"] == "auto" else parallel["zero"]
-        offload = parallel["offload"] or "off"
-        if part.trains and parallel["gradient_checkpointing"] != "auto":
-            checkpointing = parallel["gradient_checkpointing"]
-    if not part.trains:
-        # Stages 1 and 2 shard gradients and optimizer states, which an engine that only infers does not have:
-        # what is written there is for the engines that train.
-        zero = None if zero in (1, 2) else zero
-        offload = "params" if offload in ("params", "both") and zero in (3, None) else "off"
-    ema = part.name == "actor" and part.group is not None and part.group["ema"] is not None
-    return Need(
-        part.name, model.shape, model.count(part.head), part.head, model.dtype,
-        model.entry["attention"] == "eager", part.trains, part.per_rank, part.sequences, part.length, zero,
-        offload, checkpointing, micro, ema,
-    )  # fmt: skip
-
-
-def _engine(
-    scope: Scope, part: Part, placed: Placement, model: Model, accumulation: int, updates: int | None
-) -> Json:
-    group, target = part.group, scope.target
-    schedule = optimizer = None
-    if part.trains and group is not None:
-        warmup = group["warmup"]
-        known = isinstance(warmup, int) or updates is not None
-        schedule = {
-            "kind": group["schedule"], "lr": group["lr"],
-            "warmup": warmup_updates(warmup, updates or 0) if known else None, "updates": updates,
-        }  # fmt: skip
-        checks.schedule(scope.problems, part.at, warmup, schedule)
-        optimizer = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    return {
-        "role": part.role, "trains": part.trains, "weights": weights_of(scope.recipe, part.reference),
-        "base": model.address, "head": part.head, "dtype": model.dtype, "attention": model.entry["attention"],
-        "dropout": group["dropout"] if part.trains and group is not None else 0.0,
-        "gradient_checkpointing": placed.checkpointing, "zero": placed.zero, "offload": placed.need.offload,
-        "micro": placed.micro, "accumulation": accumulation,
-        "ema": group["ema"] if part.name == "actor" and group is not None else None, "schedule": schedule,
-        "deepspeed": deepspeed_config.config(
-            dtype=model.dtype, zero=placed.zero, offload=placed.need.offload, device=target.device,
-            world=target.world, micro=placed.micro, accumulation=accumulation, parameters=placed.need.count,
-            trains=part.trains, optimizer=optimizer,
-            grad_clip=group["grad_clip"] if part.trains and group is not None else 0.0,
-        ),
-    }  # fmt: skip
-
-
 def _ptx_batch(batch: int, per_rank: int, micro: int) -> Json:
     """The ptx loss runs through the actor in micro batches no larger than the actor's."""
     return {"batch": batch, "per_rank": per_rank, "micro": largest_divisor(per_rank, micro)}
-
-
-def _memory(scope: Scope, placed: Fit) -> Json:
-    engines = {}
-    for p in placed.engines:
-        s = p.states
-        engines[p.need.name] = {
-            "parameters": p.need.count,
-            "weights": s.weights if s else None, "gradients": s.gradients if s else None,
-            "optimizer": s.optimizer if s else None, "total": s.total if s else None,
-            "working": p.working, "host": s.host if s else None,
-        }  # fmt: skip
-    return {
-        "engines": engines, "states": placed.states, "generate": placed.cache, "total": placed.total,
-        "available": scope.target.memory, "fits": placed.fits,
-    }  # fmt: skip
-
-
-def _write(path: str, model: Model, head: str) -> Json:
-    count = model.count(head)
-    return {"path": path, "bytes": None if count is None else count * BYTES[model.dtype]}
 
 
 def _used(edge: Json | None) -> int | None:
@@ -391,23 +240,11 @@ def _used(edge: Json | None) -> int | None:
     return int(edge["facts"]["used"])
 
 
-def _why(placed: Placement, item: str) -> Json:
-    """Where an engine's micro batch, ZeRO stage and checkpointing come from."""
-    need = placed.need
-    if need.micro is not None:
-        micro = f"as written; {need.per_rank} / {need.micro} = {need.per_rank // need.micro}"
-    else:
-        limit = token_limit(placed.room)
-        fits = "" if placed.room is None else f" and {placed.room / 2**30:.1f} GiB free"
-        micro = f"derived: largest divisor of {need.per_rank} within {limit:,} tokens".replace(",", " ")
-        micro += f" ({need.tokens} for each of the {item}){fits}"
-    out = {"micro": micro, "zero": "as written" if need.zero is not None else placed.reason}
-    if need.trains:
-        derived = (
-            "derived: on, else it does not fit" if placed.checkpointing else "derived: off, it fits without"
-        )
-        out["gradient_checkpointing"] = "as written" if need.checkpointing is not None else derived
-    return out
+def _mean(edge: Json | None, length: int) -> float:
+    """Mean tokens of a sequence by the locked facts, else as many as it may have."""
+    if edge is None or edge["facts"] is None:
+        return float(length)
+    return float(edge["facts"]["lengths"]["mean"])
 
 
 def _why_updates(known: bool, rows: int | None, batch: int, epochs: int | None, written: int | None) -> str:

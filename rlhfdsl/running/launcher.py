@@ -72,7 +72,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that no rank outlives a killed run. Elsewhere: nothing."""
+    """On Linux, be killed when the parent dies, so that no rank outlives a killed run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

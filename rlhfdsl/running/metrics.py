@@ -11,7 +11,7 @@ from typing import Any
 
 
 class MetricsWriter:
-    """Appends events to a file, each line whole: {"event", "time", …numbers}. Numbers that are not finite become null."""
+    """Appends events to a file, each line whole: {"event", "time", …numbers}; a number that is not finite is null."""
 
     def __init__(self, path: Path):
         self.path = path

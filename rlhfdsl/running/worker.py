@@ -85,7 +85,7 @@ def _leave_error(directory: Path, error: Exception) -> None:
         found = {
             "code": "E0790", "at": None, "place": None,
             "message": "the device ran out of memory: " + str(error).strip().splitlines()[0][:200],
-            "help": "a smaller `micro` in the engine's `parallel`, `gradient_checkpointing = on`, or a higher `zero` stage",
+            "help": "a smaller `micro`, `gradient_checkpointing = on` or a higher `zero` in the engine's `parallel`",
         }  # fmt: skip
     else:
         found = {"code": None, "message": f"{type(error).__name__}: {error}", "at": None, "place": None, "help": None}

@@ -1,4 +1,4 @@
-"""What must hold before the first PPO update. Cheap, and fatal: a run that breaks one would learn from wrong numbers."""
+"""What must hold before the first PPO update. Fatal: a run that breaks one would learn from wrong numbers."""
 
 from __future__ import annotations
 

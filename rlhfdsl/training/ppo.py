@@ -123,7 +123,9 @@ class Trainer:
         return rollouts
 
     @torch.no_grad()
-    def generate_experience(self, prompts: Sequence[Prompt], rows: Sequence[int]) -> tuple[Experience, dict[str, float]]:
+    def generate_experience(
+        self, prompts: Sequence[Prompt], rows: Sequence[int]
+    ) -> tuple[Experience, dict[str, float]]:
         """One rollout over this rank's `prompts`, whose numbers in the global batch are `rows`.
 
         Returns the experience and the rollout's metrics, the same on every rank.
@@ -480,7 +482,7 @@ def report_answers(context: Context, prompts: Sequence[Prompt], before: dict, af
         text = {name: context.tokenizer.decode(part["ids"][row], skip_special_tokens=True)
                 for name, part in (("before", before), ("after", after))}  # fmt: skip
         lines.append({
-            "prompt": prompts[row].text, **text,
+            "prompt": context.tokenizer.decode(prompts[row].ids, skip_special_tokens=True), **text,
             "score_before": round(before["scores"][row].item(), 4),
             "score_after": round(after["scores"][row].item(), 4),
         })  # fmt: skip
@@ -500,8 +502,8 @@ def report_samples(context: Context, experience: Experience, rollout: int) -> No
             start = int(experience.prompt_lengths[row])
             line = {
                 "rollout": rollout,
-                "prompt": context.tokenizer.decode(ids[:start]),
-                "answer": context.tokenizer.decode(ids[start:]),
+                "prompt": context.tokenizer.decode(ids[:start], skip_special_tokens=True),
+                "answer": context.tokenizer.decode(ids[start:], skip_special_tokens=True),
                 "score": round(experience.scores[row].item(), 4),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

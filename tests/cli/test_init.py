@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhfdsl.cli import init
 from rlhfdsl.cli.main import main
 from rlhfdsl.language import load
 from rlhfdsl.language.resources import resource
@@ -28,11 +29,11 @@ def test_a_template_is_a_recipe_with_its_data(tmp_path: Path, capsys, name: str)
     assert f"rlhf check {recipe}" in out
     compilation = load(recipe)
     assert compilation.recipe is not None
-    for block in compilation.recipe.of_kind("data"):
-        if block["from"].path is not None:
-            assert (recipe.parent / block["from"].path).read_bytes() == (
-                resource("recipes") / block["from"].path
-            ).read_bytes()
+    named = init.data_files(compilation.recipe)
+    files = [path for n in named for path in ((resource("recipes") / n).rglob("*"), [resource("recipes") / n])]
+    for origin in (path for some in files for path in some if path.is_file()):
+        copy = recipe.parent / origin.relative_to(resource("recipes"))
+        assert copy.read_bytes() == origin.read_bytes()
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys):

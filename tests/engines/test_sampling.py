@@ -37,8 +37,8 @@ def test_noise_depends_on_row_step_and_rollout_only():
     together = gumbel(row_seeds(7, 1, rows), 3, 64)
     alone = gumbel(row_seeds(7, 1, rows[1:2]), 3, 64)
     assert torch.equal(together[1:2], alone)
-    others = [gumbel(row_seeds(7, 1, rows), 4, 64), gumbel(row_seeds(7, 2, rows), 3, 64), gumbel(row_seeds(8, 1, rows), 3, 64)]
-    for other in others:
+    for seed, rollout, step in ((7, 1, 4), (7, 2, 3), (8, 1, 3)):
+        other = gumbel(row_seeds(seed, rollout, rows), step, 64)
         assert not torch.isclose(other, together).all(1).any()
 
 

@@ -11,15 +11,15 @@ import pytest
 from corpus import BAD, CORPUS, expected
 
 from rlhfdsl.language import Compilation, Diagnostic, as_json, load, render
-from rlhfdsl.language.codes import CODES
+from rlhfdsl.language.diagnostics.codes import CODES
 
 SAMPLE = (CORPUS / "ok" / "three-stages.rlhf").read_text(encoding="utf-8")
 # Codes that a file cannot show by a comment of its own, with the test that shows them.
 ELSEWHERE = {
     "E0208": "test_a_file_without_a_recipe",
+    "E0508": "test_layers.test_a_profile_is_stronger_than_the_files_and_weaker_than_set",
+    "E0904": "test_layers.test_limits_of_includes",
     "E0503": "test_recipes.test_arguments_that_are_wrong",
-    "E0504": "test_recipes.test_arguments_that_are_wrong",
-    "E0891": "test_files",
     "E0892": "test_files",
     "E0893": "test_files",
     "E0894": "test_files",

@@ -40,7 +40,10 @@ def test_catalog():
     assert not Target("cuda", "v100-32g", 1, 1, 1, "--gpu").has_bf16
     assert TWO.has_bf16 and CPU.has_bf16
     for entry in hardware.catalog().values():
-        assert set(entry) == {"memory_mib", "bf16_tflops", "fp16_tflops", "bandwidth_gb", "names"}
+        assert set(entry) == {
+            "memory_mib", "bf16_tflops", "fp16_tflops", "fp32_tflops", "bandwidth_gb", "link_gb", "host_gb",
+            "network_gb", "price", "names",
+        }  # fmt: skip
     assert (CPU.devices, TWO.devices) == ("process", "GPUs")
 
 

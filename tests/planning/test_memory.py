@@ -3,9 +3,11 @@
 import itertools
 
 import pytest
+from shapes import config_of, tiny
 
 from rlhfdsl.planning.catalog import shape
-from rlhfdsl.planning.memory import activations, kv_cache, states
+from rlhfdsl.planning.families import FAMILIES
+from rlhfdsl.planning.memory import activations, buckets, gathered, generation, kv_cache, layer_tokens, states
 
 GRID = list(itertools.product((125_239_296, 1_315_758_080, 66_000_000_001), (1, 3, 8), (1, 2)))
 LARGEST = 102_957_056  # OPT-1.3B's embedding
@@ -70,17 +72,75 @@ SMALL = shape(
 
 def test_activations():
     common = {"sequences": 2, "length": 5, "dtype": "bf16", "head": "scalar", "eager": False}
-    # e (4 h + 2 (h + 2 kv) + 3 h + 4 i) + 8 h = 2 (32 + 2 (8 + 8) + 24 + 80) + 64 for each token and layer
-    layer = 2 * (32 + 32 + 24 + 80) + 64
+    # e 4 q + (4 e + 8) h + 4 e i, and the mask's e for each of 5 positions, for each token and layer
+    layer = 2 * 4 * 8 + (4 * 2 + 8) * 8 + 4 * 2 * 20 + 2 * 5
     assert activations(SMALL, **common, trains=True, checkpointing=False) == 10 * 3 * layer
     assert activations(SMALL, **common, trains=True, checkpointing=True) == 10 * (3 * 16 + layer)
     assert activations(SMALL, **common, trains=False, checkpointing=False) == 10 * layer
     eager = activations(SMALL, **{**common, "eager": True}, trains=False, checkpointing=False)
-    assert eager == 10 * (layer + 2 * 5 * 6)  # heads x length scores, bf16 and fp32
+    assert eager == 10 * (layer - 10 + 2 * 5 * 6)  # heads x length scores, bf16 and fp32
     causal = activations(SMALL, **{**common, "head": "none"}, trains=True, checkpointing=True)
     # logits, their copy, and the gradients of both in bf16; three fp32 copies for the loss
     assert causal == 10 * (3 * 16 + layer + 50 * 8) + 3 * 10 * 50 * 4
 
 
-def test_kv_cache():
-    assert kv_cache(SMALL, sequences=2, length=5, dtype="bf16") == 2 * 3 * 4 * 2 * 10
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_a_layer_keeps_what_autograd_saves(kind, dtype):
+    """The storages that autograd saves in the third layer of a model, counted, within 5 %."""
+    numbers = tiny(kind) | {"hidden": 256, "context": 128, "kv_heads": 2 if FAMILIES[kind].gated else 4}
+    numbers |= {"intermediate": 1024} | ({"head_dim": 96} if "head_dim" in numbers else {})
+    eager = not FAMILIES[kind].sdpa
+    counted = saved(numbers | {"layers": 4}, dtype, eager) - saved(numbers | {"layers": 3}, dtype, eager)
+    assert layer_tokens(shape(numbers), 64, dtype, eager) == pytest.approx(counted, rel=0.05)
+
+
+def saved(numbers, dtype, eager, rows=2, length=64):
+    """Bytes that autograd saves for each token of a forward pass, parameters and buffers apart."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(
+        config_of(numbers), dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
+        attn_implementation="eager" if eager else "sdpa",
+    ).train()  # fmt: skip
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+        return tensor
+
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, -8:] = 0
+    places = {} if numbers["type"] == "bloom" else {"position_ids": torch.arange(length).expand(rows, length)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.base_model(torch.ones_like(mask), attention_mask=mask, use_cache=False, **places)
+    return sum(size for size, _ in kept.values()) / (rows * length)
+
+
+def test_generation():
+    """Keys and values of 2 rows, one of 3 layers twice; then the larger of the prompts' layer and a draw."""
+    cache = 2 * 3 * 4 * 2 * 10
+    given = {"prompt": 3, "length": 5, "dtype": "bf16", "eager": False}
+    assert generation(SMALL, rows=2, **given) == (cache + cache // 3, 2 * 50 * 40)
+    assert kv_cache(SMALL, sequences=2, length=5, dtype="bf16") == cache
+
+
+def test_what_stays_and_what_passes():
+    """Gradients end with the step, but for the shard that ZeRO 3 keeps."""
+    given = {"dtype": "bf16", "offload": "off", "trains": True, "gpus": 4, "nodes": 1}
+    two, three = (states(1_000_000, 0, zero=zero, **given) for zero in (2, 3))
+    assert (two.passing, two.lasting) == (6 * 250_000, two.total - 6 * 250_000)
+    assert (three.passing, three.lasting) == (0, three.total)
+
+
+def test_buffers_of_zero():
+    """A bucket of 2e8 elements at most, two at stage 2; at stage 3 up to 1e9 parameters whole, one module counted."""
+    assert [buckets(10**9, dtype="bf16", zero=zero) for zero in (0, 1, 2, 3)] == [0, 4 * 10**8, 8 * 10**8, 4 * 10**8]
+    assert buckets(5 * 10**6, dtype="fp32", zero=1) == 2 * 10**7
+    big = states(10**10, 10**8, dtype="bf16", zero=3, offload="both", trains=True, gpus=8, nodes=1)
+    assert gathered(big, dtype="bf16", zero=3) == 2 * 10**9 - 4 * 10**8
+    assert gathered(big, dtype="bf16", zero=2) == 0

@@ -58,6 +58,21 @@ def test_stale(tmp_path):
     assert lock.stale(facts, tmp_path) == ["data/a.jsonl"]
 
 
+def test_large_files_are_pinned_by_their_ends(tmp_path):
+    """A plan looks at every pin, and the weights of a 13B model take half a minute to hash."""
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as out:
+        out.write(b"header")
+        out.truncate(lock.WHOLE + 1)
+    pinned = lock.pin(file)
+    assert pinned["bytes"] == lock.WHOLE + 1 and set(pinned) == {"bytes", "ends"}
+    facts = {"files": {file.name: pinned}}
+    assert lock.stale(facts, tmp_path) == []
+    with file.open("r+b") as out:
+        out.write(b"HEADER")
+    assert lock.stale(facts, tmp_path) == [file.name]
+
+
 def test_missing_and_drop_stale(shop):
     edges, models = lock.missing(shop.plan(PIPELINE))
     # the ppo stage has no eval; sft and reward read different things from the same part

@@ -19,8 +19,8 @@ ZERO = ("0", "2", "3")
 # What is compared: everything that learning decides, not times.
 NUMBERS = (
     "loss", "grad_norm", "accuracy", "margin", "score", "kl", "reward", "length", "ended", "policy_loss", "value_loss",
-    "entropy", "ptx_loss", "explained_variance", "approximate_kl", "eval_loss", "eval_accuracy", "eval_score", "eval_kl",
-    "eval_gain", "eval_win_rate", "ema_eval_score",
+    "entropy", "ptx_loss", "explained_variance", "approximate_kl", "eval_loss", "eval_accuracy", "eval_score",
+    "eval_kl", "eval_gain", "eval_win_rate", "ema_eval_score",
 )  # fmt: skip
 
 

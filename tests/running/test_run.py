@@ -57,7 +57,7 @@ def test_everything_is_where_the_plan_says(finished):
     assert {line["rollout"] for line in lines} == {1, 2, 3}
     answers = [json.loads(line) for line in (run / "ppo" / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == saved["stages"][2]["edges"]["eval"]["facts"]["used"]
-    assert answers[0]["prompt"].strip().startswith("<bos>\n\nHuman: What is a")
+    assert answers[0]["prompt"].strip().startswith("Human: What is a")
 
 
 def test_models_load_in_plain_transformers(finished):

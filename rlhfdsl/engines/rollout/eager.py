@@ -63,7 +63,7 @@ class EagerSampler(Sampler):
 
 
 class _Draw(LogitsProcessor):
-    """Turns `generate`'s argmax into a draw from softmax(logits / temperature), and keeps each draw's log-probability."""
+    """Turns `generate`'s argmax into a draw from softmax(logits / temperature); keeps the draws' log-probabilities."""
 
     def __init__(self, seeds: torch.Tensor, temperature: float, start: int):
         self.seeds, self.temperature, self.start = seeds, temperature, start

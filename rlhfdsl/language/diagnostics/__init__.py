@@ -35,7 +35,10 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """A change that a machine may make, as a sentence and as edits."""
+    """A change that mends a mistake, as a sentence and as edits.
+
+    A diagnostic with one fix is mended by `rlhf fix`; of several, only the writer knows which is meant.
+    """
 
     title: str
     edits: tuple[Edit, ...]

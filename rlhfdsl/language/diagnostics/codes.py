@@ -21,7 +21,6 @@ CODES = {
     "E0115": "a block has more names than its kind takes",
     "E0116": "two top-level blocks stand on one line",
     "E0117": "a text holds an unknown escape",
-    "E0120": "a form of the language that this version does not support yet",
     # E02 names and references
     "E0201": "a reference names no block",
     "E0202": "a reference names something that its block does not have",
@@ -32,6 +31,11 @@ CODES = {
     "E0207": "a kind of stage does not exist",
     "E0208": "a file has no `recipe` block",
     "E0209": "a recipe has no stage",
+    "E0211": "an included file is no recipe, or lies outside the project",
+    "E0212": "files include each other in a circle",
+    "E0213": "an override leads to nothing that an included file has",
+    "E0214": "a block is made from a block of another kind",
+    "E0215": "blocks are made from each other in a circle",
     # E03 attributes and values
     "E0301": "a block has no such attribute",
     "E0302": "an attribute is written as a block",
@@ -50,18 +54,22 @@ CODES = {
     "E0315": "a division by zero",
     "E0316": "a number must divide another one and does not",
     "E0317": "a path is written as a hub id",
+    "E0318": "the actor of PPO has dropout",
+    "E0319": "a text looks like an access token",
     # E04 duplicates
-    "E0401": "two blocks or parameters have one address",
+    "E0401": "two blocks, parameters or `let`s have one name",
     "E0402": "a recipe has more than one block of a kind that it takes once",
     "E0403": "an attribute or inner block is written twice",
-    # E05 parameters and --set
-    "E0501": "a parameter does not exist",
+    "E0404": "a file extends two others, or gives two imports one name",
+    # E05 parameters, `let`, profiles and --set
+    "E0501": "a parameter or `let` does not exist",
     "E0502": "a parameter has no value",
     "E0503": "an argument of -p or --set is not NAME=VALUE",
-    "E0504": "an argument of --set names no attribute",
-    "E0505": "parameters need each other in a circle",
+    "E0504": "a profile or --set names no attribute",
+    "E0505": "parameters and `let`s need each other in a circle",
     "E0506": "a parameter's value does not fit its type",
     "E0507": "a parameter's type does not exist",
+    "E0508": "a profile does not exist",
     # E06 data and blends
     "E0601": "shares do not sum to 100 %",
     "E0602": "a mix names no data block",
@@ -79,6 +87,10 @@ CODES = {
     "E0901": "the recipe is too large",
     "E0902": "the recipe is nested too deep",
     "E0903": "a number is too long or too large",
+    "E0904": "a recipe includes too many files, or too deep",
     # Warnings
     "W0201": "no stage reaches a block or parameter",
+    "W0301": "nothing pulls the policy to its start",
+    "W0308": "a number of tokens is written in thousands",
+    "W0606": "a stage evaluates on a source that it trains on",
 }

@@ -1,10 +1,9 @@
-"""Diagnostics as text with windows of the source, and as JSON, which is the stable interface."""
+"""Diagnostics as text, with windows of the source."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rlhfdsl.language.diagnostics import Diagnostic, Span
 from rlhfdsl.language.source import SourceFile
@@ -21,49 +20,6 @@ def render(diagnostics: Sequence[Diagnostic], sources: Mapping[str, SourceFile],
     if len(diagnostics) > SHOWN:
         shown.append(f"… and {len(diagnostics) - SHOWN} more")
     return "\n\n".join(shown)
-
-
-def as_json(diagnostics: Sequence[Diagnostic], sources: Mapping[str, SourceFile]) -> dict[str, Any]:
-    """`{"format_version": "1.0", "diagnostics": […]}`: lines and columns from 1, offsets from 0."""
-    return {
-        "format_version": "1.0",
-        "diagnostics": [
-            {
-                "code": diagnostic.code,
-                "severity": diagnostic.severity,
-                "message": diagnostic.message,
-                "span": _span(diagnostic.span, sources),
-                "label": diagnostic.label,
-                "secondary": [
-                    {"span": _span(label.span, sources), "text": label.text} for label in diagnostic.secondary
-                ],
-                "notes": list(diagnostic.notes),
-                "help": diagnostic.help,
-                "fixes": [
-                    {
-                        "title": fix.title,
-                        "edits": [
-                            {"span": _span(edit.span, sources), "text": edit.text} for edit in fix.edits
-                        ],
-                    }
-                    for fix in diagnostic.fixes
-                ],
-            }
-            for diagnostic in diagnostics
-        ],
-    }
-
-
-def _span(span: Span | None, sources: Mapping[str, SourceFile]) -> dict[str, Any] | None:
-    if span is None or span.file not in sources:
-        return None
-    line, column = sources[span.file].position(span.start)
-    end_line, end_column = sources[span.file].position(span.end)
-    return {
-        "file": span.file,
-        "start": {"line": line, "column": column, "offset": span.start},
-        "end": {"line": end_line, "column": end_column, "offset": span.end},
-    }
 
 
 def _one(diagnostic: Diagnostic, sources: Mapping[str, SourceFile], colour: bool) -> str:

@@ -1,0 +1,34 @@
+"""`rlhf schema`: the JSON schemas of the recipe, and of the files that other programs read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from rlhfdsl.cli.common import OK, fail
+from rlhfdsl.language.resources import resource
+from rlhfdsl.language.suggest import listed, nearest
+
+HELP = "print a JSON schema: of recipes, plans, locks"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `rlhf schema`."""
+    parser.add_argument("name", nargs="?", default="recipe", metavar="NAME", help="recipe (default), plan, lock …")
+    parser.add_argument("--list", action="store_true", help="say which there are")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a schema of grammar/ as it is."""
+    paths = {path.name.partition(".")[0]: path for path in sorted(resource("grammar").glob("*.schema.json"))}
+    if args.list:
+        width = max(map(len, paths))
+        for name, path in paths.items():
+            print(f"{name:<{width}}  {json.loads(path.read_text(encoding='utf-8')).get('title', '')}".rstrip())
+        return OK
+    if args.name not in paths:
+        near = nearest(args.name, paths)
+        fail(f"there is no schema `{args.name}`; " + (f"did you mean {listed(near)}?" if near else f"there is {listed(paths)}"))
+    sys.stdout.write(paths[args.name].read_text(encoding="utf-8"))
+    return OK

@@ -1,0 +1,101 @@
+"""What can be written and is seldom meant, or would break a stage: rules about single values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Label, Span
+from rlhfdsl.language.recipe import Block, Reference
+from rlhfdsl.language.schema import definition
+from rlhfdsl.language.source import SourceFile
+from rlhfdsl.language.syntax import Number
+
+Blocks = Mapping[str, Block]
+Found = Iterator[Diagnostic]
+
+_THOUSANDS = re.compile(r"([0-9]+)k")
+_SECRET = re.compile(r'"[^"\n]*\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{30,})')
+
+
+def nested(block: Block) -> Iterator[Block]:
+    """A block and all inside it."""
+    yield block
+    for inner in block.blocks.values():
+        yield from nested(inner)
+
+
+def tokens(blocks: Blocks) -> Found:
+    """`16k` tokens are 16 000; contexts are powers of two."""
+    for block in (inner for top in blocks.values() for inner in nested(top)):
+        for name, attr in definition(block.type).attributes.items():
+            expression = block.settings[name].expression if name in block.settings else None
+            if not attr.table.get("x-tokens") or not isinstance(expression, Number):
+                continue
+            match = _THOUSANDS.fullmatch(expression.text)
+            count = int(match.group(1)) if match is not None else 0
+            if count and count & (count - 1) == 0:
+                message = f"`{expression.text}` is {count * 1000:_} tokens, and {count * 1024:_} is `{count}Ki`"
+                fix = Fix(f"write `{count}Ki`", (Edit(expression.span, f"{count}Ki"),))
+                help = f"write `{count}Ki`, or `{count * 1000:_}` if it is meant"
+                yield Diagnostic("W0308", "warning", message, expression.span, help=help, fixes=(fix,))
+
+
+def pull(blocks: Blocks) -> Found:
+    """PPO with a KL factor of 0 forgets what it began as."""
+    for stage in (block for block in blocks.values() if block.type == "stage.ppo"):
+        kl = stage.blocks.get("kl")
+        if kl is not None and kl["coef"] == 0 and kl["target"] is None:
+            message = "with `coef = 0` nothing pulls the policy to its start"
+            help = "write for example `coef = 0.05`"
+            yield Diagnostic("W0301", "warning", message, kl.setting("coef").span, help=help)
+
+
+def dropout(blocks: Blocks) -> Found:
+    """PPO compares log-probabilities of one policy, so it answers the same twice."""
+    for stage in (block for block in blocks.values() if block.type == "stage.ppo"):
+        actor = stage.blocks.get("actor")
+        if actor is not None and isinstance(actor["dropout"], float) and actor["dropout"] > 0:
+            message = "dropout of the actor breaks PPO's ratio: the same weights give other probabilities each time"
+            yield Diagnostic(
+                "E0318", "error", message, actor.setting("dropout").span, help="leave it out: the default is 0"
+            )
+
+
+def normalize(blocks: Blocks) -> Found:
+    """A reward model is shifted by its mean over the eval part, so there has to be one."""
+    for stage in (block for block in blocks.values() if block.type == "stage.reward"):
+        if stage.written("normalize") and stage["normalize"] is True and not stage.written("eval"):
+            message = "`normalize` has no effect without `eval`: the mean is that of the eval part"
+            help = "write for example `eval = blend.chat.eval`"
+            yield Diagnostic("E0311", "error", message, stage.setting("normalize").name, help=help)
+
+
+def whole_sources(blocks: Blocks) -> Found:
+    """A data block that a stage evaluates on whole, and trains on through a blend, or the other way round."""
+    for stage in (block for block in blocks.values() if block.kind == "stage"):
+        data, on = stage["data"], stage["eval"]
+        if not isinstance(data, Reference) or not isinstance(on, Reference) or data == on:
+            continue
+        ways = sorted((data.address, on.address))
+        if ways[0].startswith("blend.") and ways[1].startswith("data."):
+            mixes = [inner for inner in blocks[ways[0]].blocks.values() if inner.kind == "mix"] if ways[0] in blocks else []
+            if any(f"data.{name}" == ways[1] for mix in mixes for name in mix.settings):
+                span, first = stage.setting("eval").span, stage.setting("data").span
+                message = f"`{stage.address}` evaluates on rows of `{ways[1]}` that it may train on"
+                labels = (Label(first, "trains on a mix of it" if on.address == ways[1] else "trains on it"),) if first else ()
+                help = "evaluate on a part of the blend: `blend.NAME.eval`"
+                yield Diagnostic("W0606", "warning", message, span, secondary=labels, help=help)
+
+
+def secrets(sources: Mapping[str, SourceFile]) -> Found:
+    """A recipe is made to be shared, so no access token stands in it."""
+    for source in sources.values():
+        for match in _SECRET.finditer(source.text):
+            span = Span(source.name, match.start(1), match.end(1))
+            message = "this looks like an access token, and a recipe is made to be shared"
+            help = "delete it and revoke it; `hf auth login` keeps the hub's token outside"
+            yield Diagnostic("E0319", "error", message, span, help=help)
+
+
+ADVICE: tuple[Callable[[Blocks], Found], ...] = (tokens, pull, dropout, normalize, whole_sources)

@@ -1,0 +1,58 @@
+"""What the architectures that planning knows have in their layers, and what a layer keeps for its backward pass.
+
+The counts of parameters are exact as transformers builds the models (tests compare every entry of the catalog). The
+bytes that a layer keeps were counted with `torch.autograd.graph.saved_tensors_hooks` on transformers 5.23 in bf16 and
+fp32, and a test counts them again; (a, b) means a x element size + b bytes for each unit of width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.
+
+    gated: gate, up and down projections. norms: of a layer. norm_bias: LayerNorm, else RMSNorm without a bias.
+    biases: of q, k, v; of the projection after attention and of the MLP. head_norms: a norm for queries and one for
+    keys, each of a head's width. learned: extra rows of a learned position table, None without one.
+    embed_norm: a norm after the embedding. sdpa: whether transformers lets it use that attention.
+
+    kept_hidden, kept_heads, kept_kv, kept_mlp: bytes kept for each element of the residual width, of the queries'
+    and keys' width together (head norms), of the values' width, and of the MLP's width. scores: for each element of
+    eager attention's scores.
+    """
+
+    gated: bool
+    norms: int = 2
+    norm_bias: bool = False
+    qkv_bias: bool = False
+    biases: bool = False
+    head_norms: bool = False
+    learned: int | None = None
+    embed_norm: bool = False
+    sdpa: bool = True
+    kept_hidden: tuple[int, int] = (4, 8)
+    kept_heads: tuple[int, int] = (0, 0)
+    kept_kv: int = 0
+    kept_mlp: int = 4
+    scores: tuple[int, int] = (-1, 8)  # 6 in 16 bits: in fp32 and back; 4 in fp32
+
+
+_LLAMA = Family(gated=True)
+_CLASSIC = Family(gated=False, norm_bias=True, qkv_bias=True, biases=True, kept_hidden=(4, 0))
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": replace(_LLAMA, qkv_bias=True),
+    "qwen3": replace(_LLAMA, head_norms=True, kept_heads=(1, 4)),
+    "gemma2": replace(_LLAMA, norms=4, sdpa=False, kept_hidden=(2, 32), scores=(0, 8)),
+    "gemma3_text": replace(_LLAMA, norms=4, head_norms=True, kept_hidden=(2, 32), kept_heads=(0, 8)),
+    "phi3": replace(_LLAMA, kept_kv=2),
+    "opt": replace(_CLASSIC, learned=2, kept_mlp=1),
+    "gpt2": replace(_CLASSIC, learned=0, kept_mlp=5, scores=(1, 0)),
+    "gpt_neox": replace(_CLASSIC, kept_hidden=(6, 0), kept_mlp=2),
+    "bloom": replace(_CLASSIC, embed_norm=True, sdpa=False, kept_mlp=2),
+}
+GATED = frozenset(name for name, family in FAMILIES.items() if family.gated)

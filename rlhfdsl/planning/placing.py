@@ -1,0 +1,223 @@
+"""The engines of a stage as the plan holds them: what each needs, where it lies, its DeepSpeed configuration, and the
+memory, time and reasons of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhfdsl.language.recipe import Block, Recipe, Reference
+from rlhfdsl.planning import advice, checks, deepspeed_config, entries, timing
+from rlhfdsl.planning.batches import warmup_updates
+from rlhfdsl.planning.entries import Model, Wanted
+from rlhfdsl.planning.fit import Fit, Need, Placement, Rollout, fit, token_limit
+from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.memory import BYTES
+from rlhfdsl.planning.problems import Problems
+from rlhfdsl.planning.timing import Work
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What every stage of a recipe is planned with. fit: lay it out the fastest way, whatever is written."""
+
+    recipe: Recipe
+    lock: Mapping[str, Any]
+    target: Target
+    problems: Problems
+    models: Mapping[str, Model]
+    fit: bool = False
+
+    def model(self, reference: Reference) -> Model:
+        """The model whose architecture and tokenizer the weights behind a reference have."""
+        return self.models[base_of(self.recipe, reference)]
+
+    def edge(self, want: Wanted, model: Model) -> Json:
+        return entries.edge(want, model, self.recipe, self.lock)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One engine of a stage before it is placed. `group` is the block with its settings; `at` its address."""
+
+    name: str
+    role: str
+    at: str
+    group: Block | None
+    reference: Reference
+    head: str
+    trains: bool
+    per_rank: int
+    sequences: int
+    length: int
+
+
+def base_of(recipe: Recipe, reference: Reference) -> str:
+    """The address of the model block that a policy or reward model goes back to."""
+    block = recipe.blocks[reference.address]
+    while block.kind == "stage":
+        inner = block
+        if block.type == "stage.ppo":
+            inner = block.blocks["critic" if reference.facet == "critic" else "actor"]
+        reference = inner["model"]
+        block = recipe.blocks[reference.address]
+    return block.address
+
+
+def weights_of(recipe: Recipe, reference: Reference) -> Json:
+    """Where an engine's weights come from: a model block or an artifact of a stage."""
+    block = recipe.blocks[reference.address]
+    if block.kind == "model":
+        return {"model": block.address}
+    artifact = reference.facet or {"stage.reward": "reward"}.get(block.type, "policy")
+    return {"stage": block.address, "artifact": artifact}
+
+
+def place(scope: Scope, at: str, parts: Sequence[Part], rollout: Rollout | None, work: Work) -> Fit | None:
+    """Place the engines of a stage; None (and a report) when a written micro batch does not divide."""
+    needs = []
+    for part in parts:
+        parallel = parallel_of(scope.recipe, part)
+        micro = None if parallel is None or parallel["micro"] == "auto" else parallel["micro"]
+        if not scope.fit and micro is not None and parallel is not None and part.per_rank % micro:
+            checks.micro(scope.problems, f"{parallel.address}.micro", part, micro)
+            return None
+        needs.append(_need(scope, part, parallel, micro))
+    best = advice.fastest(needs, rollout, scope.target, work) if scope.fit else None
+    placed = fit(needs, rollout, scope.target) if best is None else best.fit
+    checks.memory(scope.problems, scope.target, at, placed, rollout, work)
+    return placed
+
+
+def parallel_of(recipe: Recipe, part: Part) -> Block | None:
+    """The `parallel` block that an engine names."""
+    if part.group is None or part.group["parallel"] is None:
+        return None
+    return recipe.blocks[part.group["parallel"].address]
+
+
+def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -> Need:
+    model = scope.model(part.reference)
+    zero: int | None = None
+    offload: str | None = None
+    checkpointing = None if part.trains else False
+    if parallel is not None:
+        zero = None if parallel["zero"] == "auto" else parallel["zero"]
+        offload = parallel["offload"] or "off"
+        if part.trains and parallel["gradient_checkpointing"] != "auto":
+            checkpointing = parallel["gradient_checkpointing"]
+    if not part.trains:
+        # Stages 1 and 2 shard gradients and optimizer states, which an engine that only infers does not have:
+        # what is written there is for the engines that train.
+        zero = None if zero in (1, 2) else zero
+        if offload is not None:
+            offload = "params" if offload in ("params", "both") and zero in (3, None) else "off"
+    ema = part.name == "actor" and part.group is not None and part.group["ema"] is not None
+    return Need(
+        part.name, model.shape, model.count(part.head), part.head, model.dtype,
+        model.entry["attention"] == "eager", part.trains, part.per_rank, part.sequences, part.length, zero,
+        offload, checkpointing, micro, ema,
+    )  # fmt: skip
+
+
+def engine(
+    scope: Scope, part: Part, placed: Placement, model: Model, accumulation: int, updates: int | None
+) -> Json:
+    """One engine of the plan."""
+    group, target = part.group, scope.target
+    schedule = optimizer = None
+    if part.trains and group is not None:
+        warmup = group["warmup"]
+        known = isinstance(warmup, int) or updates is not None
+        schedule = {
+            "kind": group["schedule"], "lr": group["lr"],
+            "warmup": warmup_updates(warmup, updates or 0) if known else None, "updates": updates,
+        }  # fmt: skip
+        checks.schedule(scope.problems, part.at, warmup, schedule)
+        optimizer = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    return {
+        "role": part.role, "trains": part.trains, "weights": weights_of(scope.recipe, part.reference),
+        "base": model.address, "head": part.head, "dtype": model.dtype, "attention": model.entry["attention"],
+        "dropout": group["dropout"] if part.trains and group is not None else 0.0,
+        "gradient_checkpointing": placed.checkpointing, "zero": placed.zero, "offload": placed.offload,
+        "micro": placed.micro, "accumulation": accumulation,
+        "ema": group["ema"] if part.name == "actor" and group is not None else None, "schedule": schedule,
+        "deepspeed": deepspeed_config.config(
+            dtype=model.dtype, zero=placed.zero, offload=placed.offload, device=target.device,
+            world=target.world, micro=placed.micro, accumulation=accumulation, parameters=placed.need.count,
+            trains=part.trains, optimizer=optimizer,
+            grad_clip=group["grad_clip"] if part.trains and group is not None else 0.0,
+        ),
+    }  # fmt: skip
+
+
+def memory_of(scope: Scope, placed: Fit) -> Json:
+    """The memory of a stage, in bytes: what each engine keeps and needs by phase, and the peak of each phase."""
+    engines = {}
+    for p in placed.engines:
+        s = p.states
+        engines[p.need.name] = {
+            "parameters": p.need.count,
+            "weights": s.weights if s else None, "gradients": s.gradients if s else None,
+            "optimizer": s.optimizer if s else None, "average": p.average if s else None,
+            "total": s.total + p.average if s else None, "lasting": s.lasting + p.average if s else None,
+            "host": s.host if s else None, "working": p.working,
+        }  # fmt: skip
+    hosts = [p.states.host if p.states else None for p in placed.engines]
+    return {
+        "engines": engines,
+        "phases": {
+            phase.name: {
+                "resident": phase.resident, "working": phase.working, "engine": phase.engine, "peak": phase.peak,
+            }
+            for phase in placed.phases
+        },
+        "cache": placed.cache, "peak": placed.peak,
+        "host": None if None in hosts else sum(host or 0 for host in hosts),
+        "available": scope.target.memory, "usable": placed.usable, "fits": placed.fits,
+    }  # fmt: skip
+
+
+def time_of(scope: Scope, placed: Fit, work: Work, times: int | None) -> Json | None:
+    """Seconds of one update or rollout by phase, and of `times` of them; None when no rate is known."""
+    each = timing.seconds(placed, work, scope.target)
+    if each is None:
+        return None
+    one = sum(each.values())
+    return {
+        "each": {name: _digits(value) for name, value in each.items()},
+        "seconds": None if times is None else _digits(one * times),
+    }
+
+
+def _digits(value: float) -> float:
+    """Four significant digits: an estimate has no more, and a plan's bytes hang on no last bit."""
+    return float(f"{value:.4g}")
+
+
+def write(path: str, model: Model, head: str) -> Json:
+    """A directory that a stage leaves, and its bytes."""
+    count = model.count(head)
+    return {"path": path, "bytes": None if count is None else count * BYTES[model.dtype]}
+
+
+def why(placed: Placement, item: str) -> Json:
+    """Where an engine's micro batch, ZeRO stage and checkpointing come from."""
+    need = placed.need
+    if need.micro is not None:
+        micro = f"as written; {need.per_rank} / {need.micro} = {need.per_rank // need.micro}"
+    else:
+        limit = token_limit(placed.room)
+        fits = "" if placed.room is None else f" and {placed.room / 2**30:.1f} GiB free"
+        micro = f"derived: largest divisor of {need.per_rank} within {limit:,} tokens".replace(",", " ")
+        micro += f" ({need.tokens} for each of the {item}){fits}"
+    out = {"micro": micro, "zero": "as written" if need.zero is not None else placed.reason}
+    if need.trains:
+        derived = (
+            "derived: on, else it does not fit" if placed.checkpointing else "derived: off, it fits without"
+        )
+        out["gradient_checkpointing"] = "as written" if need.checkpointing is not None else derived
+    return out

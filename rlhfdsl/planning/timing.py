@@ -1,0 +1,188 @@
+"""Seconds by roofline: for each phase the larger of FLOPs over the achieved rate and bytes over the achieved bandwidth,
+then the bytes that cross links, which are not hidden behind computing here.
+
+For each token a forward pass takes 2 FLOPs for each parameter of its matrices (the input embedding is a lookup) and
+4 x layers x width for each token that it attends to; a backward pass takes twice that; checkpointing one forward more.
+No pass is faster than launching its layers one by one. A decode step reads all weights and the live cache once. Batches
+are padded to their longest row, which is left out; an answer is taken to have its full length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlhfdsl.planning import memory
+from rlhfdsl.planning.catalog import Shape
+from rlhfdsl.planning.deepspeed_config import LIVE
+from rlhfdsl.planning.fit import Fit, Placement
+from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.rates import HOST_MEMORY, Rates
+
+LOSS_BYTES = 80  # for each logit: copies, fp32 and its softmax, forward, recomputed and backward
+UPDATE_BYTES = 28  # for each parameter: gradient, master weight and two moments read, the last three written
+SUM_BYTES = 10  # for each parameter and micro batch: a gradient added to its fp32 sum
+
+
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    """One update of an sft or reward stage: rows of `length` tokens on average."""
+
+    length: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ppo:
+    """One rollout of a ppo stage on one device: `sequences` of `prompt` + `answer` tokens on average.
+
+    updates: optimizer updates; passes: times that each sequence is trained on; ptx: rows of `length` tokens at the
+    ptx batch of each update.
+    """
+
+    sequences: int
+    prompt: float
+    answer: int
+    updates: int
+    passes: int
+    ptx: int
+    length: int
+
+
+Work = Supervised | Ppo
+
+
+def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
+    """Seconds of one update (sft, reward) or one rollout (ppo) by phase; None when a number or rate is unknown."""
+    engines = {}
+    for placement in fit.engines:
+        rates = target.rates(placement.need.dtype)
+        if rates is None or placement.states is None or placement.need.shape is None:
+            return None
+        engines[placement.need.name] = _Clock(placement, placement.need.shape, rates, target)
+    if isinstance(work, Supervised):
+        (engine,) = engines.values()
+        need = engine.placed.need
+        return {"train": engine.update(need.per_rank * need.sequences, work.length, 1)}
+    whole = work.prompt + work.answer
+    actor, critic = engines["actor"], engines["critic"]
+    train = sum(e.update(work.sequences * work.passes, whole, work.updates) for e in (actor, critic))
+    if work.ptx:
+        train += actor.passes(work.ptx * work.updates, work.length, train=True)
+    return {
+        "generate": actor.generate(work.sequences, fit.generate or 1, work.prompt, work.answer),
+        "score": sum(engine.passes(work.sequences, whole, train=False) for engine in engines.values()),
+        "train": train,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """One placed engine and the rates of its device."""
+
+    placed: Placement
+    shape: Shape
+    rates: Rates
+    target: Target
+
+    @property
+    def count(self) -> int:
+        return self.placed.need.count or 0
+
+    @property
+    def width(self) -> int:
+        return memory.BYTES[self.placed.need.dtype]
+
+    @property
+    def causal(self) -> bool:
+        return self.placed.need.head == "none"
+
+    def flops(self, length: float) -> float:
+        """FLOPs of a forward pass for one token of a sequence of `length`."""
+        lookup = 0 if self.causal and self.shape.tied else self.shape.vocab * self.shape.embed
+        return 2.0 * (self.count - lookup) + 4.0 * self.shape.layers * self.shape.q_width * length
+
+    def passes(self, sequences: float, length: float, *, train: bool) -> float:
+        """Seconds of forward (and backward) passes over `sequences`, in micro batches."""
+        need, tokens = self.placed.need, sequences * length
+        forwards = (4 if self.placed.checkpointing else 3) if train else 1
+        compute = forwards * tokens * self.flops(length) / (self.rates.matmul * self.rates.train)
+        micros = sequences / (self.placed.micro * need.sequences)
+        launch = forwards * micros * self.shape.layers * self.rates.forward
+        out = max(compute, launch)
+        if self.causal:
+            out += tokens * self.shape.vocab * (LOSS_BYTES if train else LOSS_BYTES / 4) / self.rates.copy
+        shared = self.target.world if self.placed.zero >= 2 else 1
+        if train and self.placed.need.dtype != "fp32":
+            out += micros * SUM_BYTES * self.count / shared / self.rates.copy
+        return out + micros * self.links(train)
+
+    def links(self, train: bool) -> float:
+        """Seconds of what a micro batch moves over links."""
+        out = 0.0
+        if self.placed.zero == 3:
+            out += self.across((2 if train else 1) * self.width * self.count)
+            if self.placed.offload in ("params", "both"):
+                shard = self.width * self.count / self.target.world
+                out += (2 if train else 1) * shard / self.rates.host
+        if train and self.placed.zero >= 2:
+            out += self.across(self.width * self.count)
+        return out
+
+    def across(self, size: float) -> float:
+        """Seconds in which `size` bytes, shared out over the devices, are gathered on or reduced from each."""
+        world = self.target.world
+        bandwidth = self.rates.link if self.target.nodes == 1 else self.rates.network
+        return size * (world - 1) / world / bandwidth
+
+    def update(self, sequences: float, length: float, updates: int) -> float:
+        """Seconds of `updates` optimizer updates over `sequences`."""
+        zero, world = self.placed.zero, self.target.world
+        size = self.width * self.count
+        step = UPDATE_BYTES * self.count / (world if zero else 1) / self.rates.copy
+        if self.placed.offload in ("optimizer", "both"):
+            moved = (4 + self.width) * self.count / world / self.rates.host
+            step = moved + UPDATE_BYTES * self.count / self.target.nodes / HOST_MEMORY
+        if zero == 0:
+            step += self.across(2 * size)
+        elif zero == 1:
+            step += self.across(2 * size)  # gradients to their owners, weights back
+        elif zero == 2:
+            step += self.across(size)
+        return self.passes(sequences, length, train=True) + updates * step
+
+    def generate(self, sequences: int, rows: int, prompt: float, answer: int) -> float:
+        """Seconds of sampling, `rows` sequences at once."""
+        rounds = sequences / rows
+        prefill = max(
+            rows * prompt * self.flops(prompt) / (self.rates.matmul * self.rates.train),
+            self.shape.layers * self.rates.forward,
+        )
+        cache = memory.kv_cache(self.shape, sequences=rows, length=1, dtype=self.placed.need.dtype)
+        read = self.width * self.count + cache * (prompt + answer / 2)
+        compute = rows * self.flops(prompt + answer / 2) / self.rates.matmul
+        step = max(self.shape.layers * self.rates.decode, read / self.rates.copy, compute)
+        step += rows * self.shape.vocab * memory.DRAW / self.rates.copy
+        if self.placed.zero == 3 and self.count > LIVE:
+            step += self.links(train=False)
+        return rounds * (prefill + self.links(train=False) + answer * step)
+
+
+def assumptions(target: Target, dtypes: Mapping[str, None]) -> list[str]:
+    """What the seconds of a plan rest on, one sentence for each thing."""
+    out = []
+    for dtype in dtypes:
+        rates = target.rates(dtype)
+        if rates is None:
+            continue
+        link = rates.link if target.nodes == 1 else rates.network
+        speed = f"{dtype}: matmul {rates.matmul / 1e12:.0f} TFLOP/s, of which passes reach {rates.train:.0%}"
+        speed += f"; memory {rates.copy / 1e9:.0f} GB/s"
+        if target.world > 1:
+            speed += f"; links {link / 1e9:.0f} GB/s"
+        out.append(f"{speed} ({rates.origin})")
+        if len(out) == 1:
+            out.append(
+                f"a decode step takes at least {rates.decode * 1e3:.2f} ms for each layer, a forward pass "
+                f"{rates.forward * 1e3:.2f} ms"
+            )
+    return out
