@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.utils import logging as transformers_logging
 
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.models.quiet import quiet
 from rlhfdsl.models.scalar import HEAD, ScalarModel, reset_head
 from rlhfdsl.models.scratch import scratch_config
 from rlhfdsl.models.tokenizers import load_tokenizer
@@ -39,7 +39,7 @@ def load_model(engine: dict, source: str, *, revision: str | None, seed: int) ->
     scalar = engine["head"] == "scalar"
     automodel = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     options = {"attn_implementation": engine["attention"], "dtype": DTYPES[engine["dtype"]], "revision": revision}
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(source, revision=revision)
             for name in _DROPOUT:
@@ -134,18 +134,3 @@ def first_line(error: BaseException) -> str:
 def parameter_count(module: nn.Module) -> int:
     """Parameters of a module, partitioned by ZeRO 3 or not."""
     return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.parameters())
-
-
-@contextlib.contextmanager
-def _quiet():
-    """transformers announces a new head as a warning and draws progress bars; the plan has said both."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.data import codes
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.models.quiet import quiet
 from rlhfdsl.planning import catalog, lock
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def _read_tokenizer(source: str, options: dict, named: str | None, at: str | Non
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        with quiet():
+            return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # the library raises many kinds for a broken or missing file
         if not named:
             raise _hub_model(source, at, error) from error

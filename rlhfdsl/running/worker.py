@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     stage = find_stage(plan, options.stage)
     try:
         run_stage(plan, stage, options.base)
+        from deepspeed import comm
+
+        comm.destroy_process_group()
     except Exception as error:
         traceback.print_exc()
         _leave_error(Path(stage["output"] + PARTIAL), error)
