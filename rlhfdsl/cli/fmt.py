@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rlhfdsl.cli.common import BUG, ERROR, OK, USAGE, say, show, write_text
+from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.format import NotEquivalent, format_text
 from rlhfdsl.language.source import SourceFile, read
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     for path in _files(args.files):
         total += 1
         if path == Path("-"):
-            source, problems = SourceFile("<stdin>", sys.stdin.read()), []
+            source, problems = SourceFile("<stdin>", sys.stdin.read()), list[Diagnostic]()
         else:
             found, problems = read(path)
             source = found if found is not None else SourceFile(path.as_posix(), "")

@@ -20,6 +20,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-lock", action="store_true", help="neither read nor write rlhf.lock: what needs it stays unknown"
     )
+    parser.add_argument(
+        "--fit", action="store_true",
+        help="choose ZeRO, offload, checkpointing and micro batches anew: the fastest that fits the target",
+    )  # fmt: skip
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     parser.add_argument(
         "-o", dest="output", type=Path, metavar="FILE", help="save the plan; `rlhf run` takes it"
@@ -27,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    planned = make_plan(args, use_lock=not args.no_lock)
+    planned = make_plan(args, use_lock=not args.no_lock, fit=args.fit)
     if planned.plan is None and args.format == "json":
         print(json.dumps(as_json(planned.diagnostics, planned.compilation.sources), indent=1))
         return ERROR
@@ -46,9 +50,11 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "json":
         sys.stdout.write(text)
     else:
-        from rlhfdsl.planning.render import render
+        from rlhfdsl.planning.render import layout, render
 
         sys.stdout.write(render(planned.plan))
+        if args.fit:
+            sys.stdout.write("\n" + layout(planned.plan))
         if args.output is not None:
             print(f"Saved; run exactly this with: rlhf run {args.output}")
     return OK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from rlhfdsl.cli.common import ERROR, add_recipe_options, compile_recipe, fail, say, show
 from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
-from rlhfdsl.planning import checks, compile, hardware, lock
+from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock
+from rlhfdsl.planning.validate import validate_plan
 
 Json = dict[str, Any]
 
@@ -39,9 +41,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that plans a recipe: its parameters, overrides and target."""
     add_recipe_options(parser)
     target = parser.add_argument_group("target", "default: the recipe's cluster, else what this machine has")
-    target.add_argument("--gpu", metavar="NAME", help=f"{', '.join(hardware.catalog())}, or cpu")
+    target.add_argument(
+        "--gpu", metavar="NAME", help=f"{', '.join(hardware.catalog())}, cpu, or a profile of `rlhf bench` (.json)"
+    )
     target.add_argument("--gpus", type=_count, metavar="N", help="GPUs (on a CPU: processes) of each node")
     target.add_argument("--nodes", type=_count, metavar="N", help="nodes")
+    target.add_argument("--price", type=_price, metavar="USD", help="of a GPU and hour, in place of the catalog's")
 
 
 def plan_recipe(args: argparse.Namespace) -> tuple[Recipe, Json]:
@@ -54,10 +59,33 @@ def plan_recipe(args: argparse.Namespace) -> tuple[Recipe, Json]:
     return planned.compilation.recipe, planned.plan
 
 
-def make_plan(args: argparse.Namespace, *, use_lock: bool = True, make_facts: bool = True) -> Planned:
+def plan_or_recipe(file: str, args: argparse.Namespace) -> Json | None:
+    """A saved plan, or the plan of a recipe with the facts that its lock has; None after an error that was shown."""
+    if file.endswith(".json"):
+        return _saved(Path(file))
+    planned = make_plan(argparse.Namespace(**(vars(args) | {"file": file})), make_facts=False)
+    planned.show()
+    return planned.plan
+
+
+def _saved(path: Path) -> Json:
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    except ValueError as error:
+        fail(f"{path} is no plan: {error}")
+    validate_plan(plan if isinstance(plan, dict) else {})
+    return dict(plan)
+
+
+def make_plan(
+    args: argparse.Namespace, *, use_lock: bool = True, make_facts: bool = True, fit: bool = False
+) -> Planned:
     """Compile `args.file` for its target.
 
     use_lock: read rlhf.lock beside the recipe. make_facts: make what it lacks or what is stale, and write it.
+    fit: lay the engines out the fastest way that fits, whatever is written.
     """
     compilation = compile_recipe(str(args.file), args)
     recipe = compilation.recipe
@@ -66,7 +94,8 @@ def make_plan(args: argparse.Namespace, *, use_lock: bool = True, make_facts: bo
     target = target_of(recipe, args)
     if isinstance(target, Diagnostic):
         return Planned(compilation, None, (*compilation.diagnostics, target))
-    bare, found = compile(recipe, lock.empty(), target)
+    known = _known(recipe)
+    bare, found = compile(recipe, lock.empty(), target, known=known, fit=fit)
     out = Planned(compilation, bare, (*compilation.diagnostics, *found))
     if bare is None or not use_lock:
         return out
@@ -78,7 +107,7 @@ def make_plan(args: argparse.Namespace, *, use_lock: bool = True, make_facts: bo
         return out
     # Stale facts go before they are planned with: what they say may be wrong by now.
     out.stale = lock.drop_stale(locked, bare, path.parent)
-    plan, found = compile(recipe, locked, target)
+    plan, found = compile(recipe, locked, target, known=known, fit=fit)
     out.plan, out.diagnostics = plan, (*compilation.diagnostics, *found)
     if plan is None:
         return out
@@ -92,7 +121,7 @@ def make_plan(args: argparse.Namespace, *, use_lock: bool = True, make_facts: bo
         out.plan, out.diagnostics = None, (*out.diagnostics, error.diagnostic(recipe))
         return out
     out.missing = []
-    plan, found = compile(recipe, locked, target)
+    plan, found = compile(recipe, locked, target, known=known, fit=fit)
     out.plan, out.diagnostics = plan, (*compilation.diagnostics, *found)
     return out
 
@@ -101,16 +130,31 @@ def target_of(recipe: Recipe, args: argparse.Namespace) -> hardware.Target | Dia
     """The target by flags, cluster and machine. A GPU that the catalog does not list exits 2 as a flag, and
     is a diagnostic in a recipe."""
     cluster = next(iter(recipe.of_kind("cluster")), None)
-    if args.gpu is not None and not hardware.known(args.gpu):
+    if args.gpu is not None and not hardware.known(args.gpu) and not hardware.is_profile(args.gpu):
         fail(f"`{args.gpu}` is not in the catalog of GPUs: {', '.join(hardware.catalog())}, cpu")
     written = None
     if cluster is not None:
         if args.gpu is None and cluster["gpu"] is not None and not hardware.known(cluster["gpu"]):
             return checks.unknown_gpu(recipe, cluster["gpu"], f"{cluster.address}.gpu")
         written = {"address": cluster.address} | {key: cluster[key] for key in ("gpu", "gpus", "nodes")}
-    flags = {key: getattr(args, key) for key in ("gpu", "gpus", "nodes")}
+    flags = {key: getattr(args, key) for key in ("gpu", "gpus", "nodes", "price")}
     asks = flags["gpu"] is None and (written is None or written["gpu"] is None)
-    return hardware.resolve(flags, written, hardware.detect() if asks else hardware.CPU)
+    try:
+        return hardware.resolve(flags, written, hardware.detect() if asks else hardware.CPU)
+    except UserError as error:  # of a profile
+        fail(f"{error.message}; {error.help}")
+
+
+def _known(recipe: Recipe) -> Json:
+    """The numbers of models that lie in directories, by address; a lock's facts are stronger."""
+    folder = recipe.path.parent
+    return {
+        block.address: found
+        for block in recipe.of_kind("model")
+        if block["from"] is not None
+        and block["from"].path is not None
+        and (found := checkpoints.numbers(folder / block["from"].path)) is not None
+    }
 
 
 def _make(plan: Json, locked: Json, path: Path) -> list[str]:
@@ -139,6 +183,13 @@ def _make(plan: Json, locked: Json, path: Path) -> list[str]:
 def _tell(address: str) -> None:
     if sys.stderr.isatty():
         say(f"reading {address}")
+
+
+def _price(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("takes a number from 0")
+    return value
 
 
 def _count(text: str) -> int:

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         return OK
     if args.name not in paths:
         near = nearest(args.name, paths)
-        fail(f"there is no schema `{args.name}`; " + (f"did you mean {listed(near)}?" if near else f"there is {listed(paths)}"))
+        help = f"did you mean {listed(near)}?" if near else f"there is {listed(paths)}"
+        fail(f"there is no schema `{args.name}`; {help}")
     sys.stdout.write(paths[args.name].read_text(encoding="utf-8"))
     return OK

@@ -15,7 +15,9 @@ Blocks = Mapping[str, Block]
 Found = Iterator[Diagnostic]
 
 _THOUSANDS = re.compile(r"([0-9]+)k")
-_SECRET = re.compile(r'"[^"\n]*\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{30,})')
+_SECRET = re.compile(
+    r'"[^"\n]*\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{30,})'
+)
 
 
 def nested(block: Block) -> Iterator[Block]:
@@ -79,11 +81,13 @@ def whole_sources(blocks: Blocks) -> Found:
             continue
         ways = sorted((data.address, on.address))
         if ways[0].startswith("blend.") and ways[1].startswith("data."):
-            mixes = [inner for inner in blocks[ways[0]].blocks.values() if inner.kind == "mix"] if ways[0] in blocks else []
+            inside = blocks[ways[0]].blocks.values() if ways[0] in blocks else ()
+            mixes = [inner for inner in inside if inner.kind == "mix"]
             if any(f"data.{name}" == ways[1] for mix in mixes for name in mix.settings):
                 span, first = stage.setting("eval").span, stage.setting("data").span
                 message = f"`{stage.address}` evaluates on rows of `{ways[1]}` that it may train on"
-                labels = (Label(first, "trains on a mix of it" if on.address == ways[1] else "trains on it"),) if first else ()
+                told = "trains on a mix of it" if on.address == ways[1] else "trains on it"
+                labels = (Label(first, told),) if first else ()
                 help = "evaluate on a part of the blend: `blend.NAME.eval`"
                 yield Diagnostic("W0606", "warning", message, span, secondary=labels, help=help)
 

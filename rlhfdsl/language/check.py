@@ -153,7 +153,9 @@ class _Checker:
                 continue
             places[key] = key_span
             if isinstance(member, Attribute):
-                attr = self.attribute(member, definition, address, places, excused)
+                # What a copied block or a base says can be said again here.
+                own = [name for name, span in places.items() if _within(span, node.span)]
+                attr = self.attribute(member, definition, address, own, excused)
                 if attr is not None:
                     settings[key] = self.setting(attr, member)
             else:
@@ -256,6 +258,10 @@ class _Checker:
         layer: Layer = "param" if given else node.layer
         where = f"-p {given}" if given else "--set" if layer == "set" else place(source, node.value.span)
         return Origin(layer, where, source.slice(node.value.span))
+
+
+def _within(span: Span, outer: Span) -> bool:
+    return span.file == outer.file and outer.start <= span.start and span.end <= outer.end
 
 
 def place(source: SourceFile, span: Span) -> str:

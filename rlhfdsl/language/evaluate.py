@@ -26,7 +26,7 @@ from rlhfdsl.language.syntax import (
 from rlhfdsl.language.units import Quantity, Refusal, name, operate, read_number
 
 TYPES = ("int", "float", "ratio", "bytes", "duration", "text", "switch", "symbol")
-_FUNCTIONS = ("min", "max", "ceil", "floor")
+FUNCTIONS = ("min", "max", "ceil", "floor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +256,9 @@ class Evaluator:
 
     def _call(self, call: Call) -> Found:
         function = call.name.text
-        if function not in _FUNCTIONS:
-            near = nearest(function, _FUNCTIONS)
-            help = f"did you mean {listed(near)}?" if near else f"functions: {', '.join(_FUNCTIONS)}"
+        if function not in FUNCTIONS:
+            near = nearest(function, FUNCTIONS)
+            help = f"did you mean {listed(near)}?" if near else f"functions: {', '.join(FUNCTIONS)}"
             self._report("E0313", f"there is no function `{function}`", call.name.span, help=help)
             return None
         values = [self.value(argument) for argument in call.arguments]

@@ -62,7 +62,9 @@ def type_facts(type_: str) -> Json:
             name: {"type": type_words(attr), "default": default_text(attr, name in definition.required)}
             for name, attr in definition.attributes.items()
         },
-        "blocks": {name: schema.definition(inner).table["description"] for name, (inner, _) in definition.blocks.items()},
+        "blocks": {
+            name: schema.definition(inner).table["description"] for name, (inner, _) in definition.blocks.items()
+        },
     }
 
 
@@ -207,8 +209,7 @@ def _names_read(compilation: Compilation, expression: Expression) -> list[Json]:
         kind, key = path.words[0].text, path.words[1].text
         entry = values.params[key] if kind == "param" else values.lets[key]
         where = f"-p {key}" if kind == "param" and key in values.given else _written(compilation, behind)["where"]
-        found.append(
-            {"name": path.text, "value": _value(values, kind, entry), "where": where, "text": _text(compilation, behind)}
-        )
+        value, text = _value(values, kind, entry), _text(compilation, behind)
+        found.append({"name": path.text, "value": value, "where": where, "text": text})
         todo += paths_of(behind)
     return found

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from rlhfdsl.language.compile import Compilation, load
 from rlhfdsl.language.diagnostics import Diagnostic, Edit
+from rlhfdsl.language.includes import Overlay
 
 _ROUNDS = 10
 
 
-def fix(path: Path, only: str | None = None) -> tuple[str | None, list[Diagnostic], Compilation]:
+def fix(
+    path: Path, only: str | None = None, overlay: Overlay | None = None
+) -> tuple[str | None, list[Diagnostic], Compilation]:
     """The mended text of a recipe (None when there is nothing to mend), what was mended, and what is left.
 
     Only diagnostics with exactly one fix, in the file itself; `only` takes those of one code. A round of fixes
-    that leaves more errors than before is not kept.
+    that leaves more errors than before is not kept. `overlay` gives the texts that an editor holds.
     """
     text: str | None = None
     mended: list[Diagnostic] = []
-    compilation = load(path)
+    compilation = load(path, overlay=overlay)
     for _ in range(_ROUNDS):
         source = compilation.sources.get(path.as_posix())
         if source is None:
@@ -28,7 +30,7 @@ def fix(path: Path, only: str | None = None) -> tuple[str | None, list[Diagnosti
         if not edits:
             break
         fixed = apply(source.text, edits)
-        after = load(path, overlay=_instead(path, fixed))
+        after = load(path, overlay=_instead(path, fixed, overlay))
         if _errors(after) > _errors(compilation):
             break
         text, compilation = fixed, after
@@ -36,8 +38,8 @@ def fix(path: Path, only: str | None = None) -> tuple[str | None, list[Diagnosti
     return text, mended, compilation
 
 
-def _instead(path: Path, text: str) -> Callable[[Path], str | None]:
-    return lambda asked: text if asked == path else None
+def _instead(path: Path, text: str, overlay: Overlay | None) -> Overlay:
+    return lambda asked: text if asked == path else overlay(asked) if overlay is not None else None
 
 
 def apply(text: str, edits: list[Edit]) -> str:

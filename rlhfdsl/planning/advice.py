@@ -30,7 +30,7 @@ def nearest(
     for words, variant in _steps(needs, target):
         placed = fit(variant, rollout, target)
         if placed.fits and words not in found:
-            found[words] = Change(words, placed, _seconds(placed, work, target))
+            found[words] = Change(words, placed, timing.whole(work, target, placed))
     ways = list(found.values())  # from the smallest change on, which sorting keeps among equals
     least = min((way.seconds for way in ways if way.seconds), default=1.0)
     return sorted(ways, key=lambda way: int(20 * (way.seconds or 0.0) / least))[:most]
@@ -63,15 +63,10 @@ def fastest(needs: Sequence[Need], rollout: Rollout | None, target: Target, work
         placed = fit(variant, rollout, target)
         if placed.fits is False:
             continue
-        found = Change(words, placed, _seconds(placed, work, target))
+        found = Change(words, placed, timing.whole(work, target, placed))
         if best is None or (found.seconds or 0.0) < (best.seconds or 0.0):
             best = found
     return best
-
-
-def _seconds(placed: Fit, work: Work, target: Target) -> float | None:
-    each = timing.seconds(placed, work, target)
-    return None if each is None else sum(each.values())
 
 
 def _steps(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Need]]]:

@@ -32,6 +32,11 @@ class Misfit:
         return f"{self.below} or {self.above}" if self.below else str(self.above)
 
 
+def remainder(total: int, divisor: int) -> str:
+    """`total` in whole parts and the rest, in words."""
+    return f"{total} = {divisor} x {total // divisor} + {total % divisor}"
+
+
 def share(total: int, parts: int) -> int | Misfit:
     """`total` split evenly over `parts`."""
     return total // parts if total % parts == 0 else Misfit(total, parts)

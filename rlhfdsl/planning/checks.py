@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
-from rlhfdsl.language.recipe import Block, Recipe
+from rlhfdsl.language.recipe import Recipe
 from rlhfdsl.planning import advice
-from rlhfdsl.planning.batches import Misfit, nearest_divisor
+from rlhfdsl.planning.batches import Misfit, nearest_divisor, remainder
 from rlhfdsl.planning.entries import Model
+from rlhfdsl.planning.families import FAMILIES
 from rlhfdsl.planning.fit import Fit, Rollout
 from rlhfdsl.planning.hardware import Target, catalog
 from rlhfdsl.planning.memory import USABLE
@@ -39,12 +40,15 @@ CODES = {
     "E0712": "a stage does not fit in the memory of a GPU",
     "E0713": "a part that a stage reads has no rows",
     "E0714": "the GPU is not in the catalog",
+    "E0715": "the attention is none that the model's type has",
     "E0720": "a saved plan or a lock file cannot be used",
     "W0701": "a large share of the rows is in no batch",
     "W0702": "an interval is longer than the run",
     "W0703": "a warm-up rounds to no update",
+    "W0704": "nothing holds the policy near its reference",
+    "W0705": "the reference is not what the actor starts from",
+    "W0706": "many rows are cut or dropped",
 }
-TAIL_SHARE = 0.25
 
 
 def unknown_gpu(recipe: Recipe, name: str, at: str) -> Diagnostic:
@@ -65,6 +69,12 @@ def engine(problems: Problems, where: Target, model: Model, part: Part) -> None:
         )  # fmt: skip
     if dtype == "bf16" and not where.has_bf16:
         problems.report("E0710", f"{where.gpu} does not compute in bf16", at, help="dtype = fp16 or fp32")
+    family = FAMILIES.get(model.shape.type) if model.shape is not None else None
+    if family is not None and not family.sdpa and model.entry["attention"] == "sdpa":
+        problems.report(
+            "E0715", f"transformers has no sdpa attention for {model.shape.type if model.shape else ''}",
+            f"{model.address}.attention", help="attention = eager",
+        )  # fmt: skip
     group = part.group
     parallel = group["parallel"] if group is not None else None
     if parallel is None or not part.trains:
@@ -171,7 +181,7 @@ def does_not_split(problems: Problems, where: Target, at: str, name: str, misfit
         also.append((f"{where.origin}.gpus", f"{where.gpus} on each of {where.nodes}"))
     problems.report(
         "E0701", f"{name} = {misfit.total} {item} do not split over {misfit.divisor} {where.devices}", at,
-        label=_remainder(misfit.total, misfit.divisor),
+        label=remainder(misfit.total, misfit.divisor),
         also=also, notes=[f"{where.world} = {where.nodes} x {where.gpus} ({where.origin})"],
         help=f"{name} = {misfit.nearest}",
     )  # fmt: skip
@@ -181,7 +191,7 @@ def micro(problems: Problems, at: str, part: Part, written: int) -> None:
     """A written micro batch that does not divide what one GPU gets."""
     problems.report(
         "E0702", f"micro = {written} does not divide the {part.per_rank} of {part.at} on each GPU", at,
-        label=_remainder(part.per_rank, written),
+        label=remainder(part.per_rank, written),
         also=[(f"{part.at}.parallel", f"the {part.name} uses it here")],
         help=f"micro = {nearest_divisor(part.per_rank, written)}, or leave it to be derived",
     )  # fmt: skip
@@ -194,7 +204,7 @@ def minibatches(problems: Problems, at: str, prompts: int, answers: int, minibat
         return sequences // minibatch
     problems.report(
         "E0703", f"{sequences} sequences of a rollout do not split into minibatches of {minibatch}",
-        f"{at}.update.minibatch", label=_remainder(sequences, minibatch),
+        f"{at}.update.minibatch", label=remainder(sequences, minibatch),
         also=[(f"{at}.rollout.batch", f"{prompts} prompts x {answers} answers")],
         help=f"minibatch = {nearest_divisor(sequences, minibatch)}",
     )  # fmt: skip
@@ -209,54 +219,6 @@ def has_updates(problems: Problems, at: str, per_epoch: int, rows: int, batch: i
         "E0704", f"{rows} {item} do not fill one batch of {batch}, so the stage would make no update", at,
         help=f"a batch of at most {rows}, or more data",
     )  # fmt: skip
-
-
-def critic_warmup(problems: Problems, at: str, late: int, rollouts: int | None) -> None:
-    """A critic warm-up that leaves the actor no rollout."""
-    if late and rollouts is not None and late >= rollouts:
-        problems.report(
-            "E0704",
-            f"the critic alone learns for {late} rollouts of {rollouts}, so the actor would make no update",
-            at, help=f"warmup_rollouts = {max(0, rollouts - 1)} or less",
-        )  # fmt: skip
-
-
-def tail(problems: Problems, at: str, dropped: int, rows: int, batch: int, item: str) -> None:
-    """A warning when much of the data is in the tail that no batch reads."""
-    if rows > batch and dropped > TAIL_SHARE * rows:
-        problems.report(
-            "W0701", f"{dropped} of {rows} {item} are in no batch", at,
-            notes=[_remainder(rows, batch)], help="a smaller batch uses more of them",
-        )  # fmt: skip
-
-
-def schedule(problems: Problems, at: str, written: int | float, plan: Mapping[str, Any]) -> None:
-    """A warm-up against the length of its run."""
-    updates, warmup = plan["updates"], plan["warmup"]
-    if not updates or warmup is None:
-        return
-    if warmup >= updates:
-        problems.report(
-            "E0705", f"a warm-up of {warmup} updates never reaches lr in a run of {updates}", f"{at}.warmup",
-            help=f"warmup = {max(0, updates // 10)}, or a ratio such as 3%",
-        )  # fmt: skip
-    elif written and not warmup:
-        problems.report(
-            "W0703", f"a warm-up of {written:.2%} of {updates} updates rounds to none".replace(".00%", "%"),
-            f"{at}.warmup", help="give it as a count of updates",
-        )  # fmt: skip
-
-
-def interval(problems: Problems, block: Block, total: int | None, unit: str) -> None:
-    """Intervals of `every` that end after the run does."""
-    every = block.blocks["every"]
-    for name in ("eval", "samples"):
-        value = every[name] if name in every.settings else None
-        if value is not None and total and value > total:
-            problems.report(
-                "W0702", f"every.{name} = {value} {unit} is longer than the run of {total}",
-                f"{block.address}.every.{name}",
-            )  # fmt: skip
 
 
 def memory(
@@ -301,10 +263,6 @@ def _slower(way: advice.Change, first: advice.Change) -> str:
 def _written(problems: Problems, address: str, name: str) -> bool:
     block = problems.recipe.find(address)
     return block is not None and block.written(name)
-
-
-def _remainder(total: int, divisor: int) -> str:
-    return f"{total} = {divisor} x {total // divisor} + {total % divisor}"
 
 
 def _gib(count: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Block, Recipe, Reference
 from rlhfdsl.planning import entries, stages, timing
+from rlhfdsl.planning.deepspeed_config import LIVE
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.placing import Scope, base_of
 from rlhfdsl.planning.problems import Problems
@@ -23,18 +24,24 @@ FORMAT_VERSION = "1.0"
 
 
 def compile(
-    recipe: Recipe, lock: Mapping[str, Any], target: Target, *, fit: bool = False
+    recipe: Recipe,
+    lock: Mapping[str, Any],
+    target: Target,
+    *,
+    known: Mapping[str, Any] | None = None,
+    fit: bool = False,
 ) -> tuple[dict[str, Any] | None, tuple[Diagnostic, ...]]:
     """The plan (None when there is an error) and what there is to say about it.
 
     lock: as `planning.lock.read` gives it; facts that it lacks are null in the plan, and what needs them too.
+    known: numbers of models in directories by address, for those without facts (`checkpoints.numbers`).
     fit: take the fastest layout that fits in place of the ZeRO, offload, checkpointing and micro that are written.
     """
     problems = Problems(recipe)
     reached = _reached(recipe, target)
     longest = _longest(recipe)
     models = {
-        block.address: entries.model(block, longest.get(block.address, 0), lock, problems)
+        block.address: entries.model(block, longest.get(block.address, 0), lock, known or {}, problems)
         for block in recipe.of_kind("model")
         if block.address in reached
     }
@@ -74,9 +81,14 @@ def _time(planned: list[Any], models: Mapping[str, entries.Model], target: Targe
     seconds = round(float(sum(parts)), 3) if whole else None
     price = rates[0].price
     cost = None if seconds is None or price is None else round(seconds / 3600 * price * target.world, 2)
-    return {
-        "seconds": seconds, "price": price, "cost": cost, "assumptions": timing.assumptions(target, dtypes),
-    }  # fmt: skip
+    notes = timing.assumptions(target, dtypes)
+    notes += [
+        f"{stage['address']}: at ZeRO 3 all weights are gathered anew for each token that is sampled"
+        for stage in planned
+        if stage["kind"] == "ppo" and stage["engines"]["actor"]["zero"] == 3
+        and (stage["memory"]["engines"]["actor"]["parameters"] or 0) > LIVE
+    ]  # fmt: skip
+    return {"seconds": seconds, "price": price, "cost": cost, "assumptions": notes}
 
 
 def _version() -> str:

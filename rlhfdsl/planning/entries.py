@@ -49,7 +49,9 @@ def source(value: Source, revision: str | None) -> dict[str, Any]:
     return {"path": value.path}
 
 
-def model(block: Block, longest: int, lock: Mapping[str, Any], problems: Problems) -> Model:
+def model(
+    block: Block, longest: int, lock: Mapping[str, Any], known: Mapping[str, Any], problems: Problems
+) -> Model:
     """The entry of a model block. `longest` is the longest sequence that a stage gives it."""
     arch = None if block["arch"] is None else _arch(block, longest, problems)
     tokenizer = block["tokenizer"]
@@ -66,11 +68,11 @@ def model(block: Block, longest: int, lock: Mapping[str, Any], problems: Problem
     entry["key"] = key_of(decides)
     facts = lock["models"].get(entry["key"])
     entry["facts"] = facts
-    numbers = _numbers(entry, facts)
-    known = shape(numbers) if numbers is not None else None
-    counted = facts["parameters"] if facts is not None else None
-    causal = counted if counted is not None else catalog.parameters(known) if known is not None else None
-    return Model(block.address, entry, known, causal)
+    numbers = _numbers(entry, facts, known.get(block.address))
+    found = shape(numbers) if numbers is not None else None
+    counted = numbers.get("parameters") if numbers is not None else None
+    causal = counted if counted is not None else catalog.parameters(found) if found is not None else None
+    return Model(block.address, entry, found, causal)
 
 
 def _named(tokenizer: str | None, arch: dict[str, Any] | None) -> str | None:
@@ -79,11 +81,13 @@ def _named(tokenizer: str | None, arch: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _numbers(entry: Mapping[str, Any], facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Configuration numbers by strength: arch, then the lock's facts, then the catalog."""
+def _numbers(
+    entry: Mapping[str, Any], facts: Mapping[str, Any] | None, known: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Configuration numbers by strength: arch, then the lock's facts, then a directory's or the catalog's."""
     if entry["arch"] is not None:
         return dict(entry["arch"])
-    listed = catalog.lookup(entry["from"]["hub"]) if "hub" in entry["from"] else None
+    listed = catalog.lookup(entry["from"]["hub"]) if "hub" in entry["from"] else known
     if facts is not None:
         return {**(listed or {}), **{name: value for name, value in facts.items() if value is not None}}
     return listed

@@ -119,8 +119,8 @@ def resolve(flags: Mapping[str, Any], cluster: Mapping[str, Any] | None, machine
     """The target of a plan: each of gpu, gpus and nodes from the flags, else the cluster, else the machine.
 
     flags, cluster: {"gpu", "gpus", "nodes"}, None where not given; a cluster also has "address". Raises
-    KeyError for a GPU name that the catalog does not list. `gpu` may be a profile (`PATH.json`), which stands for
-    the devices that were measured.
+    KeyError for a GPU name that the catalog does not list, UserError for a profile that is none. `gpu` may be a
+    profile (`PATH.json`), which stands for the devices that were measured.
     """
     price = flags.get("price")
     given = [f"--{key}" for key in ("gpu", "gpus", "nodes") if flags.get(key) is not None]

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import advice, checks, deepspeed_config, entries, timing
+from rlhfdsl.planning import advice, checks, course, deepspeed_config, entries, timing
 from rlhfdsl.planning.batches import warmup_updates
 from rlhfdsl.planning.entries import Model, Wanted
 from rlhfdsl.planning.fit import Fit, Need, Placement, Rollout, fit, token_limit
@@ -18,6 +19,7 @@ from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work
 
 Json = dict[str, Any]
+FASTEST = "derived: the fastest that fits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def place(scope: Scope, at: str, parts: Sequence[Part], rollout: Rollout | None,
             return None
         needs.append(_need(scope, part, parallel, micro))
     best = advice.fastest(needs, rollout, scope.target, work) if scope.fit else None
-    placed = fit(needs, rollout, scope.target) if best is None else best.fit
+    seconds = partial(timing.whole, work, scope.target)
+    placed = fit(needs, rollout, scope.target, seconds) if best is None else best.fit
     checks.memory(scope.problems, scope.target, at, placed, rollout, work)
     return placed
 
@@ -136,7 +139,7 @@ def engine(
             "kind": group["schedule"], "lr": group["lr"],
             "warmup": warmup_updates(warmup, updates or 0) if known else None, "updates": updates,
         }  # fmt: skip
-        checks.schedule(scope.problems, part.at, warmup, schedule)
+        course.schedule(scope.problems, part.at, warmup, schedule)
         optimizer = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
     return {
         "role": part.role, "trains": part.trains, "weights": weights_of(scope.recipe, part.reference),
@@ -204,7 +207,7 @@ def write(path: str, model: Model, head: str) -> Json:
     return {"path": path, "bytes": None if count is None else count * BYTES[model.dtype]}
 
 
-def why(placed: Placement, item: str) -> Json:
+def why(scope: Scope, placed: Placement, item: str) -> Json:
     """Where an engine's micro batch, ZeRO stage and checkpointing come from."""
     need = placed.need
     if need.micro is not None:
@@ -214,10 +217,12 @@ def why(placed: Placement, item: str) -> Json:
         fits = "" if placed.room is None else f" and {placed.room / 2**30:.1f} GiB free"
         micro = f"derived: largest divisor of {need.per_rank} within {limit:,} tokens".replace(",", " ")
         micro += f" ({need.tokens} for each of the {item}){fits}"
-    out = {"micro": micro, "zero": "as written" if need.zero is not None else placed.reason}
+    out = {"micro": micro, "zero": placed.reason}
     if need.trains:
-        derived = (
-            "derived: on, else it does not fit" if placed.checkpointing else "derived: off, it fits without"
-        )
-        out["gradient_checkpointing"] = "as written" if need.checkpointing is not None else derived
+        out["gradient_checkpointing"] = "as written"
+        if need.checkpointing is None:
+            fits = "on, else it does not fit" if placed.checkpointing else "off, it fits without"
+            out["gradient_checkpointing"] = f"derived: {fits}"
+    if scope.fit:
+        out |= {name: FASTEST for name in ("zero", "gradient_checkpointing") if name in out}
     return out

@@ -18,6 +18,23 @@ def render(plan: Json) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
+def layout(plan: Json) -> str:
+    """How the engines of a plan lie on the devices, as the `parallel` blocks of a recipe; equal ones come once."""
+    blocks: dict[str, list[str]] = {}
+    for stage in plan["stages"]:
+        for name, engine in stage["engines"].items():
+            said = f"zero = {engine['zero']}, offload = {engine['offload']}"
+            if engine["trains"]:
+                said += f", gradient_checkpointing = {'on' if engine['gradient_checkpointing'] else 'off'}"
+            said += f", micro = {engine['micro']}"
+            at = stage["address"] if len(stage["engines"]) == 1 else f"{stage['address']}.{name}"
+            blocks.setdefault(said, []).append(at)
+    lines = ["# This layout as a recipe; name the block in each engine, `parallel = parallel.pN`:"]
+    for number, (said, users) in enumerate(blocks.items(), 1):
+        lines.append(f"parallel p{number} {{ {said} }}  # {', '.join(users)}")
+    return "\n".join(lines) + "\n"
+
+
 def _header(plan: Json) -> list[str]:
     recipe, target = plan["recipe"], plan["target"]
     keys = {e["key"]: e["facts"] for s in plan["stages"] for e in s["edges"].values() if e is not None}
@@ -61,7 +78,8 @@ def _closing(plan: Json) -> list[str]:
         devices = _count(plan["target"]["world"], "GPU" if plan["target"]["device"] == "cuda" else "process")
         cost = ""
         if time["cost"] is not None:
-            cost = f", ~ ${time['cost']:,.2f} at ${time['price']:.2f} for a GPU and hour"
+            digits = 0 if time["cost"] >= 100 else 2
+            cost = f", ~ ${time['cost']:,.{digits}f} at ${time['price']:.2f} for a GPU and hour"
         lines.append(f"time    {about} on {devices}{cost} (estimate, not measured)")
         lines += [f"        {text}" for text in time["assumptions"]]
     elif plan["target"]["device"] == "cpu":
@@ -280,6 +298,14 @@ def _duration(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.1f} ms"
+
+
+SHOWN = {
+    "peak": lambda size: f"{_gib(size)} GiB",
+    "bytes": lambda size: _size(size),
+    "memory": lambda size: f"{_gib(size)} GiB",
+    "seconds": lambda value: _duration(value),
+}
 
 
 def _number(count: int | None) -> str:

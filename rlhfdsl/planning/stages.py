@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhfdsl.language.recipe import Block
-from rlhfdsl.planning import checks, timing
+from rlhfdsl.planning import checks, course, timing
 from rlhfdsl.planning.batches import Misfit, largest_divisor, run_length, share
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.fit import Rollout
@@ -44,6 +44,7 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
     checks.engine(scope.problems, scope.target, model, part)
     checks.context(scope.problems, model, length, f"{at}.length", f"sequences of {length} tokens")
     checks.parts_have_rows(scope.problems, at, edges)
+    course.rows_are_whole(scope.problems, at, edges)
 
     per_rank = _split(scope, f"{at}.batch", "batch", batch, item)
     if per_rank is None:
@@ -60,8 +61,8 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
     updates = run.updates if run else block["steps"]
     if run is not None:
         checks.has_updates(scope.problems, f"{at}.batch", run.per_epoch, rows or 0, batch, item)
-        checks.tail(scope.problems, f"{at}.batch", run.dropped_tail, rows or 0, batch, item)
-    checks.interval(scope.problems, block, updates, "updates")
+        course.tail(scope.problems, f"{at}.batch", run.dropped_tail, rows or 0, batch, item)
+    course.interval(scope.problems, block, updates, "updates")
     accumulation = per_rank // only.micro
     batches: Json = {
         "batch": batch, "world": scope.target.world, "per_rank": per_rank, "micro": only.micro,
@@ -70,7 +71,7 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
         "dropped_tail": run.dropped_tail if run else None,
         "why": {
             "per_rank": f"batch {batch} / {scope.target.world} {scope.target.devices}",
-            **why(only, item),
+            **why(scope, only, item),
             "accumulation": f"{per_rank} / micro {only.micro}",
             "updates": _why_updates(run is not None, rows, batch, epochs, block["steps"]),
         },
@@ -123,6 +124,9 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
         if part.name != "actor":
             checks.same_tokens(scope.problems, model, other, f"{at}.actor.model", part)
     checks.parts_have_rows(scope.problems, at, edges)
+    course.rows_are_whole(scope.problems, at, edges)
+
+    course.held_policy(scope.problems, at, block, reference)
 
     sequences = rollout["batch"] * rollout["answers"]
     minibatch = update["minibatch"]
@@ -156,9 +160,9 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
     if run is not None:
         size = f"{at}.rollout.batch"
         checks.has_updates(scope.problems, size, run.per_epoch, rows or 0, rollout["batch"], "prompts")
-        checks.tail(scope.problems, size, run.dropped_tail, rows or 0, rollout["batch"], "prompts")
-    checks.critic_warmup(scope.problems, f"{at}.critic.warmup_rollouts", late, rollouts)
-    checks.interval(scope.problems, block, rollouts, "rollouts")
+        course.tail(scope.problems, size, run.dropped_tail, rows or 0, rollout["batch"], "prompts")
+    course.critic_warmup(scope.problems, f"{at}.critic.warmup_rollouts", late, rollouts)
+    course.interval(scope.problems, block, rollouts, "rollouts")
     own = {"actor": None if rollouts is None else max(0, rollouts - late) * each, "critic": updates}
     reasons: Json = {
         "per_rank": f"{rollout['batch']} prompts x {rollout['answers']} / {world} {scope.target.devices}",
@@ -167,7 +171,7 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
         "rollouts": _why_updates(run is not None, rows, rollout["batch"], epochs, block["rollouts"]),
     }
     for name, placement in engines.items():
-        reasons |= {f"{name}.{key}": text for key, text in why(placement, "sequences").items()}
+        reasons |= {f"{name}.{key}": text for key, text in why(scope, placement, "sequences").items()}
     batches: Json = {
         "prompts": rollout["batch"], "answers": rollout["answers"], "sequences": sequences, "world": world,
         "per_rank": per_rank, "minibatch": minibatch, "minibatches": whole, "update_epochs": update["epochs"],

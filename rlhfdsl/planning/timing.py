@@ -75,6 +75,12 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
     }
 
 
+def whole(work: Work, target: Target, placed: Fit) -> float | None:
+    """Seconds of one update or rollout in all."""
+    each = seconds(placed, work, target)
+    return None if each is None else sum(each.values())
+
+
 @dataclass(frozen=True, slots=True)
 class _Clock:
     """One placed engine and the rates of its device."""
@@ -175,10 +181,10 @@ def assumptions(target: Target, dtypes: Mapping[str, None]) -> list[str]:
         if rates is None:
             continue
         link = rates.link if target.nodes == 1 else rates.network
-        speed = f"{dtype}: matmul {rates.matmul / 1e12:.0f} TFLOP/s, of which passes reach {rates.train:.0%}"
-        speed += f"; memory {rates.copy / 1e9:.0f} GB/s"
+        speed = f"{dtype}: matmul {rates.matmul / 1e12:.3g} TFLOP/s, of which passes reach {rates.train:.0%}"
+        speed += f"; memory {rates.copy / 1e9:.4g} GB/s"
         if target.world > 1:
-            speed += f"; links {link / 1e9:.0f} GB/s"
+            speed += f"; links {link / 1e9:.3g} GB/s"
         out.append(f"{speed} ({rates.origin})")
         if len(out) == 1:
             out.append(

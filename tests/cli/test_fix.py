@@ -100,7 +100,8 @@ def test_bash_completes(capsys):
     script = capsys.readouterr().out
 
     def complete(*words: str) -> list[str]:
-        ask = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _rlhf; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        ask = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _rlhf; "
+        ask += "printf '%s\\n' \"${COMPREPLY[@]}\""
         done = subprocess.run(["bash", "-c", script + ask], check=True, capture_output=True, text=True)
         return done.stdout.split()
 

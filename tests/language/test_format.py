@@ -43,7 +43,10 @@ def formatted(text: str) -> str:
         ("k c { }\n# about a\nk a {\nb = 1\n}\n", "k c { }\n\n# about a\nk a {\n  b = 1\n}\n"),
         ("\n\n\nk a { }\n\n\n\nk b { }\n\n\n", "k a { }\n\nk b { }\n"),
         ("k a { }\r\nk b { }\r\n", "k a { }\nk b { }\n"),
-        ('stage  sft  b  from stage.a{lr=1}\nextends   "x.rlhf"\n', 'stage sft b from stage.a { lr = 1 }\nextends "x.rlhf"\n'),
+        (
+            'stage  sft  b  from stage.a{lr=1}\nextends   "x.rlhf"\n',
+            'stage sft b from stage.a { lr = 1 }\nextends "x.rlhf"\n',
+        ),
         ("k n { # why\n a = 1 }", "k n {  # why\n  a = 1\n}\n"),
         ("#a  \n#b\t\nk a { }", "#a\n#b\nk a { }\n"),
     ],

@@ -324,3 +324,53 @@ def test_recipes_without_facts_have_no_row_errors(shop):
     shop.recipe(PIPELINE)
     plan, found = compile(load(path).recipe, lock.empty(), CPU)
     assert plan is not None and found == ()
+
+
+def test_attention_that_a_type_lacks(shop):
+    text = HEAD + 'model g { from = "google/gemma-2-2b" }\n' + PAIRS
+    text += "stage sft { model = model.g, data = data.pairs, batch = 8, length = 64, lr = 1e-5 }\n"
+    assert said(shop.problem(text, gpus(1))) == (
+        "E0715", "transformers has no sdpa attention for gemma2", "attention = eager"
+    )  # fmt: skip
+    assert shop.plan(text.replace('2b"', '2b", attention = eager'), gpus(1))
+
+
+def test_transformers_refuses_what_we_refuse():
+    """The table of families says which types have no sdpa; transformers says the same."""
+    import torch
+    from shapes import config_of, tiny
+    from transformers import AutoModelForCausalLM
+
+    from rlhfdsl.planning.families import FAMILIES
+
+    for kind, family in FAMILIES.items():
+        with torch.device("meta"):
+            if family.sdpa:
+                AutoModelForCausalLM.from_config(config_of(tiny(kind)), attn_implementation="sdpa")
+            else:
+                with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+                    AutoModelForCausalLM.from_config(config_of(tiny(kind)), attn_implementation="sdpa")
+
+
+def test_what_holds_the_policy(shop):
+    _, found = shop.compile(PIPELINE.replace("coef = 0.05", "coef = 0"))
+    assert [said(d)[:2] for d in found] == [("W0704", "kl.coef = 0: nothing holds the policy near its reference")]
+    text = PIPELINE.replace("reward { model = stage.reward }", "reward { model = stage.reward }\n  ref { model = REF }")
+    assert shop.compile(text.replace("REF", "stage.sft"))[1] == ()
+    _, found = shop.compile(text.replace("REF", "model.tiny"))
+    assert [said(d)[:2] for d in found] == [
+        ("W0705", "the reference is `model.tiny`, and the actor starts from `stage.sft`")
+    ]
+
+
+def test_rows_that_are_cut_or_dropped(shop):
+    shop.know(PIPELINE, 100)
+    stages = {stage["address"]: stage["edges"]["train"]["key"] for stage in shop.plan(PIPELINE)["stages"]}
+    shop.lock["edges"][stages["stage.sft"]] = edge_facts(100) | {"truncated": 26}
+    shop.lock["edges"][stages["stage.reward"]] = edge_facts(100) | {"truncated": 50}  # of 200 sequences
+    shop.lock["edges"][stages["stage.ppo"]] = edge_facts(100, 201, too_long=101)
+    _, found = shop.compile(PIPELINE)
+    assert [said(d)[:2] for d in found if d.code == "W0706"] == [
+        ("W0706", "26 of 100 sequences are cut at 128 tokens"),
+        ("W0706", "101 of 201 rows are dropped"),
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,8 +148,11 @@ stage sft { model = model.big, data = data.pairs, batch = 64, length = 512, lr =
 
 
 def test_the_lowest_stage_that_fits(shop):
-    """OPT-13B (12.85e9 parameters) on 8 GPUs: bytes by hand at each stage against 90 % of a GPU."""
-    text = BIG.replace("PARALLEL", "zero = auto")
+    """OPT-13B (12.85e9 parameters) on 8 GPUs: bytes by hand at each stage against 90 % of a GPU.
+
+    Checkpointing is written, since a stage that saves it would be taken for its speed.
+    """
+    text = BIG.replace("PARALLEL", "zero = auto, gradient_checkpointing = on")
     count = 12_853_473_280
     one, two, three = (2 + 6 + 12 / 8) * count, (2 + 18 / 8) * count, 18 / 8 * count + 4 * 50272 * 5120
     for gib, expected, states in ((141, 1, one), (80, 2, two), (48, 3, three)):
@@ -156,6 +160,20 @@ def test_the_lowest_stage_that_fits(shop):
         assert planned["engines"]["policy"]["zero"] == expected, gib
         assert planned["memory"]["engines"]["policy"]["total"] == pytest.approx(states, rel=1e-9)
         assert planned["memory"]["fits"] and planned["memory"]["peak"] <= 0.9 * gib * 2**30
+
+
+def test_a_layout_that_barely_fits_is_not_taken(shop):
+    """OPT-13B as actor on 8 A100-40G: ZeRO 3 fits and leaves a rollout few sequences at once; with the optimizer on the
+    host it samples 64 at once, in a fraction of the time."""
+    text = (ROOT / "recipes" / "opt-13b-8gpu.rlhf").read_text(encoding="utf-8")
+    target = hardware.resolve({"gpu": "a100-40g", "gpus": 8}, None, CPU)
+    planned = stage(shop.plan(text, target), "stage.ppo")
+    assert planned["engines"]["actor"]["offload"] == "optimizer" and planned["batch"]["generate_per_rank"] == 64
+    text += "parallel p { offload = off }\n"
+    for name in ("actor", "critic"):
+        text = text.replace(f"{name} {{ model", f"{name} {{ parallel = parallel.p, model")
+    planned = stage(shop.plan(text, target), "stage.ppo")
+    assert planned["engines"]["actor"]["offload"] == "off" and planned["batch"]["generate_per_rank"] <= 8
 
 
 def test_checkpointing_and_micro_follow_the_memory(shop):
@@ -323,6 +341,16 @@ def test_shipped_recipes(request, path):
     golden = GOLDEN / "recipes" / f"{path.stem}.txt"
     if golden.exists() or request.config.getoption("--update-goldens"):
         check_golden(request, golden, plan_text(plan))
+
+
+def test_the_published_table_says_what_the_plans_say():
+    """Step 3 of each recipe in the README's table is what its plan prints."""
+    text = (ROOT / "rlhfdsl" / "planning" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (opt-\S+) \|.*\| ([^|]+) \| [^|]+ \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for name, hours in rows:
+        golden = (GOLDEN / "recipes" / f"{name}.txt").read_text(encoding="utf-8")
+        assert re.search(r"stage\.ppo .* ~ (.+)$", golden, re.MULTILINE).group(1) == hours, name
 
 
 def test_equal_inputs_give_equal_bytes(tmp_path):

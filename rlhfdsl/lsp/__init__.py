@@ -1,0 +1,1 @@
+"""The language server, on pygls (the extra `lsp`); README.md tells what answers what."""

@@ -1,0 +1,103 @@
+"""Checks of how a stage learns: its data, its length, what holds its policy. Plain functions as in checks.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlhfdsl.language.recipe import Block, Reference
+from rlhfdsl.planning.batches import remainder
+from rlhfdsl.planning.problems import Problems
+
+TAIL_SHARE = 0.25
+CUT_SHARE = 0.25
+DROP_SHARE = 0.5
+
+
+def critic_warmup(problems: Problems, at: str, late: int, rollouts: int | None) -> None:
+    """A critic warm-up that leaves the actor no rollout."""
+    if late and rollouts is not None and late >= rollouts:
+        problems.report(
+            "E0704",
+            f"the critic alone learns for {late} rollouts of {rollouts}, so the actor would make no update",
+            at, help=f"warmup_rollouts = {max(0, rollouts - 1)} or less",
+        )  # fmt: skip
+
+
+def tail(problems: Problems, at: str, dropped: int, rows: int, batch: int, item: str) -> None:
+    """A warning when much of the data is in the tail that no batch reads."""
+    if rows > batch and dropped > TAIL_SHARE * rows:
+        problems.report(
+            "W0701", f"{dropped} of {rows} {item} are in no batch", at,
+            notes=[remainder(rows, batch)], help="a smaller batch uses more of them",
+        )  # fmt: skip
+
+
+def schedule(problems: Problems, at: str, written: int | float, plan: Mapping[str, Any]) -> None:
+    """A warm-up against the length of its run."""
+    updates, warmup = plan["updates"], plan["warmup"]
+    if not updates or warmup is None:
+        return
+    if warmup >= updates:
+        problems.report(
+            "E0705", f"a warm-up of {warmup} updates never reaches lr in a run of {updates}", f"{at}.warmup",
+            help=f"warmup = {max(0, updates // 10)}, or a ratio such as 3%",
+        )  # fmt: skip
+    elif written and not warmup:
+        problems.report(
+            "W0703", f"a warm-up of {written:.2%} of {updates} updates rounds to none".replace(".00%", "%"),
+            f"{at}.warmup", help="give it as a count of updates",
+        )  # fmt: skip
+
+
+def interval(problems: Problems, block: Block, total: int | None, unit: str) -> None:
+    """Intervals of `every` that end after the run does."""
+    every = block.blocks["every"]
+    for name in ("eval", "samples"):
+        value = every[name] if name in every.settings else None
+        if value is not None and total and value > total:
+            problems.report(
+                "W0702", f"every.{name} = {value} {unit} is longer than the run of {total}",
+                f"{block.address}.every.{name}",
+            )  # fmt: skip
+
+
+def rows_are_whole(problems: Problems, at: str, edges: Mapping[str, Any]) -> None:
+    """A warning when a stage learns from rows of which many are cut, so that they do not end, or most are dropped."""
+    for name, edge in edges.items():
+        facts = None if edge is None else edge["facts"]
+        if facts is None or not facts["used"] or name == "ptx":
+            continue
+        setting = {"train": "data"}.get(name, name)
+        sequences = facts["used"] * (2 if edge["read"] == "preference" else 1)
+        dropped = sum(facts["dropped"].values())
+        longest = f"90 % are under {facts['lengths']['p90']} tokens as read, and the limit is {edge['length']}"
+        if edge["read"] in ("chat", "preference") and facts["truncated"] > CUT_SHARE * sequences:
+            problems.report(
+                "W0706", f"{facts['truncated']} of {sequences} sequences are cut at {edge['length']} tokens",
+                f"{at}.{setting}", notes=["what is cut has no end that a model could learn", longest],
+                help="a larger length, or shorter rows",
+            )  # fmt: skip
+        elif dropped > DROP_SHARE * facts["rows"]:
+            why = [f"{count} {reason.replace('_', ' ')}" for reason, count in facts["dropped"].items() if count]
+            problems.report(
+                "W0706", f"{dropped} of {facts['rows']} rows are dropped", f"{at}.{setting}", notes=why,
+                help="a larger length, or other rows",
+            )  # fmt: skip
+
+
+def held_policy(problems: Problems, at: str, stage: Block, reference: Reference) -> None:
+    """A KL of no weight, and a reference of other weights than the actor's."""
+    kl, actor = stage.blocks["kl"], stage.blocks["actor"]["model"]
+    if kl["coef"] == 0 and kl["target"] is None:
+        problems.report(
+            "W0704", "kl.coef = 0: nothing holds the policy near its reference", f"{at}.kl.coef",
+            notes=["a reward model is right only near what it was trained on"], help="kl.coef = 0.05, or a target",
+        )  # fmt: skip
+    if (reference.address, reference.facet) != (actor.address, actor.facet):
+        problems.report(
+            "W0705", f"the reference is `{reference.address}`, and the actor starts from `{actor.address}`",
+            f"{at}.ref.model", also=[(f"{at}.actor.model", "the actor starts from this")],
+            notes=["the KL is not 0 before the first update"],
+            help="leave `ref` out to hold the policy near its start",
+        )  # fmt: skip
