@@ -77,7 +77,9 @@ def plan(path: Path, *sets: str, gpus: int = 1) -> dict:
     """The plan of a recipe on CPU ranks; the test fails with the diagnostics when there is none."""
     from rlhfdsl.cli.planned import make_plan
 
-    args = argparse.Namespace(file=path, sets=list(sets), param=[], gpu="cpu", gpus=gpus, nodes=1)
+    args = argparse.Namespace(
+        file=path, sets=list(sets), param=[], profile=None, gpu="cpu", gpus=gpus, nodes=1, price=None
+    )
     planned = make_plan(args)
     assert planned.plan is not None, [d.message for d in planned.diagnostics]
     return planned.plan

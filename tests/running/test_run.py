@@ -19,7 +19,7 @@ from rlhfdsl.running.supervisor import stage_key
 SFT_ONLY = RECIPE[: RECIPE.index("stage reward")].replace("reward = 30%, ppo = 25%", "rest = 55%")
 
 
-def rlhf(*arguments: str, folder: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+def rlhf(*arguments: str, folder: Path, timeout: float = 900) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run(
         [sys.executable, "-m", "rlhfdsl", *arguments], cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"},
@@ -138,7 +138,7 @@ def test_interrupting_ends_all_processes_and_keeps_no_finished_looking_folder(tm
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     metrics = tmp_path / "runs/small/sft.partial/metrics.jsonl"
-    deadline = time.time() + 90
+    deadline = time.time() + 300
     while time.time() < deadline and not (metrics.exists() and "update" in metrics.read_text()):
         time.sleep(0.2)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -157,7 +157,7 @@ def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     metrics = tmp_path / "runs/small/sft.partial/metrics.jsonl"
-    deadline = time.time() + 90
+    deadline = time.time() + 300
     while time.time() < deadline and not metrics.exists():
         time.sleep(0.2)
     family = psutil.Process(process.pid).children(recursive=True)
