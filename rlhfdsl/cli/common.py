@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError, load, render
-from rlhfdsl.language.source import SourceFile
+if TYPE_CHECKING:
+    from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
+    from rlhfdsl.language.source import SourceFile
 
 OK, ERROR, USAGE, BUG = 0, 1, 2, 3
 
@@ -33,6 +34,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 def compile_recipe(path: str | Path, args: argparse.Namespace) -> Compilation:
     """Load a recipe with the options of `add_recipe_options`; exit 2 when a -p is not NAME=VALUE."""
+    from rlhfdsl.language import load
+
     params: dict[str, str] = {}
     for text in args.param:
         name, equals, value = text.partition("=")
@@ -54,6 +57,8 @@ def load_recipe(path: str | Path, args: argparse.Namespace) -> Recipe:
 def show(diagnostics: Sequence[Diagnostic], sources: Mapping[str, SourceFile]) -> None:
     """Diagnostics to stderr, with windows of the sources (`recipe.sources` for those about a recipe)."""
     if diagnostics:
+        from rlhfdsl.language import render
+
         print(render(diagnostics, sources, use_colour(sys.stderr)), file=sys.stderr)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from pathlib import Path
 
@@ -46,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
             continue
         same = path != Path("-") and path.read_bytes() == text.encode()
         if args.diff and text != source.text:
+            import difflib
+
             lines = difflib.unified_diff(
                 source.text.splitlines(keepends=True), text.splitlines(keepends=True), source.name, source.name
             )

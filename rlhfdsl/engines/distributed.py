@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
 
 
 def join(device_kind: str) -> torch.device:
@@ -18,12 +22,31 @@ def join(device_kind: str) -> torch.device:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     device = torch.device("cpu")
-    if device_kind == "cuda":
+    if device_kind == "cpu":
+        build_operator()
+    else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not comm.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device_kind == "cuda" else "gloo", verbose=False)
     return device
+
+
+def build_operator() -> None:
+    """Build DeepSpeed's shared-memory operator for the CPU, a minute once on a machine, before the ranks meet.
+
+    torch marks a build by a file named `lock` and waits for as long as it exists, so a build that was killed makes
+    every later start wait without end. Whoever holds the lock here, which the system drops when its holder dies,
+    knows that no other rank is building, and takes a left-over mark away.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+    with (folder.parent / f"{builder.name}.flock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def free_port() -> str:

@@ -37,6 +37,11 @@ _OPERATORS: dict[str, Literal["+", "-", "*", "/"]] = {"add": "+", "sub": "-", "m
 _MISNESTED = ("E0105", "E0107", "E0112")
 
 
+def _inside(span: Span | None, block: Span) -> bool:
+    """Whether a mistake is within a block that was read, so that it hides no other one."""
+    return span is not None and block.start < span.start and span.end < block.end
+
+
 class _TooDeep(Exception):
     """An expression is nested beyond the limit."""
 
@@ -86,6 +91,7 @@ class Builder:
             tuple(includes),
             tuple(profiles),
             tuple(overrides),
+            lost=not all(any(_inside(problem.span, block.span) for block in blocks) for problem in self.problems),
         )
 
     def include(self, node: Tree[Token]) -> Include:

@@ -24,10 +24,14 @@ _ONCE = ("recipe", "cluster")
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The typed blocks, by address; `complete` is False when a mistake may hide some."""
+    """The typed blocks, by address.
+
+    `complete` is False when a mistake may hide a setting or a block, `named` is when it may hide a name.
+    """
 
     blocks: Mapping[str, Block]
     complete: bool
+    named: bool
 
 
 def check(
@@ -46,7 +50,7 @@ def check(
         checker.top(block)
     for attr, attribute in idle:
         checker.value(attr, attribute.value)
-    return Checked(checker.blocks, checker.complete)
+    return Checked(checker.blocks, checker.complete, checker.named)
 
 
 class _Checker:
@@ -61,6 +65,7 @@ class _Checker:
         self.sources = sources
         self.problems = problems
         self.complete = complete
+        self.named = True
         self.blocks: dict[str, Block] = {}
 
     def report(self, code: str, message: str, span: Span | None, label: str = "", **more: Any) -> None:
@@ -72,12 +77,12 @@ class _Checker:
         """One top-level block."""
         kind = node.kind.text
         if kind not in schema.kinds():
-            self.complete = False  # its name may be what a reference means
+            self.complete = self.named = False  # its name may be what a reference means
             self.problems.append(unknown.kind(node))
             return
         named = self.stage_name(node) if kind == "stage" else self.block_name(node, schema.definition(kind))
         if named is None:
-            self.complete = False
+            self.complete = self.named = False
             return
         type_, name = named
         address = "recipe" if kind == "recipe" else f"{kind}.{name}"

@@ -67,9 +67,9 @@ def load(
     document, wrong = apply_sets(document, sets, sources)
     problems += wrong
     known, lets = _names(document, problems)
-    given, wrong = give_params(params or {}, known, not document.broken, sources)
+    given, wrong = give_params(params or {}, known, not document.lost, sources)
     problems += wrong
-    evaluator = Evaluator(known, given, problems, not document.broken, lets)
+    evaluator = Evaluator(known, given, problems, not document.lost, lets)
     checked = check(document, evaluator, sources, problems, idle)
     used = set(evaluator.used)
     for name, param in known.items():
@@ -77,7 +77,7 @@ def load(
             evaluator.named("param", name, param.name.span)
     for name, let in lets.items():
         evaluator.named("let", name, let.name.span)
-    blocks = link(checked.blocks, checked.complete, problems)
+    blocks = link(checked.blocks, checked.named and not document.lost, checked.complete, problems)
     for rule in (*RULES, *ADVICE, *(WHOLE if checked.complete else ())):
         problems += rule(blocks)
     problems += secrets(sources)

@@ -77,7 +77,7 @@ class _Files:
                 seen[entry.name.text] = entry
             other = self.open(source, entry, chain)
             if other is None:
-                whole = replace(whole, broken=True)
+                whole = replace(whole, broken=True, lost=True)
                 continue
             if entry.name is None:
                 other = layers.relayer(other, "base")
@@ -92,6 +92,7 @@ class _Files:
                     lets=(*other.lets, *whole.lets),
                     broken=whole.broken or other.broken,
                     misnested=whole.misnested or other.misnested,
+                    lost=whole.lost or other.lost,
                 )
             included |= {
                 address_of(block): block.header for block in other.blocks if block.kind.text != "recipe"

@@ -112,6 +112,7 @@ def extend(base: Document, own: Document) -> Document:
         profiles=(*base.profiles, *own.profiles),
         broken=own.broken or base.broken,
         misnested=own.misnested or base.misnested,
+        lost=own.lost or base.lost,
     )
 
 
@@ -172,7 +173,7 @@ def _no_target(
         message = f"`{address}` is written in this file, so it needs no override"
         help = "change it where it stands"
         labels = (Label(own.header, "it stands here"),)
-    elif document.broken:
+    elif document.lost:
         return
     elif not included:
         message = "an override changes what an included file says, and this file includes none"
@@ -204,7 +205,7 @@ def copy_blocks(document: Document, problems: list[Diagnostic]) -> Document:
         source = known.get(block.copied.text)
         bare = replace(block, copied=None, broken=True)  # what it lacks is not told as well
         if source is None:
-            if not document.broken:
+            if not document.lost:
                 near = nearest(block.copied.text, known)
                 help = f"did you mean {listed(near)}?" if near else "write the address of a block: `stage.ppo`"
                 fixes = tuple(rename(name, block.copied.span) for name in near)

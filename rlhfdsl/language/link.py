@@ -23,9 +23,14 @@ def references(block: Block) -> Iterator[tuple[Block, str, Setting, Reference]]:
         yield from references(inner)
 
 
-def link(blocks: Mapping[str, Block], complete: bool, problems: list[Diagnostic]) -> dict[str, Block]:
-    """The blocks with every reference resolved: a blend without a part named gets the stage's own."""
-    linker = _Linker(blocks, complete, problems)
+def link(
+    blocks: Mapping[str, Block], named: bool, complete: bool, problems: list[Diagnostic]
+) -> dict[str, Block]:
+    """The blocks with every reference resolved: a blend without a part named gets the stage's own.
+
+    Unknown blocks are reported when every block is `named`, unknown parts when all is `complete`.
+    """
+    linker = _Linker(blocks, named, complete, problems)
     return {address: linker.resolve(block, block) for address, block in blocks.items()}
 
 
@@ -125,8 +130,11 @@ def unread(document: Document, used: set[str], root: str) -> list[Diagnostic]:
 
 
 class _Linker:
-    def __init__(self, blocks: Mapping[str, Block], complete: bool, problems: list[Diagnostic]) -> None:
+    def __init__(
+        self, blocks: Mapping[str, Block], named: bool, complete: bool, problems: list[Diagnostic]
+    ) -> None:
         self.blocks = blocks
+        self.named = named
         self.complete = complete
         self.problems = problems
 
@@ -175,7 +183,7 @@ class _Linker:
         return f"for example {listed(named[:3])}" if named else None
 
     def unknown(self, reference: Reference, setting: Setting, uses: list[str]) -> None:
-        if not self.complete:
+        if not self.named:
             return
         named = fitting(self.blocks, uses)
         same = [

@@ -89,7 +89,7 @@ def apply_profile(
     problems: list[Diagnostic] = []
     idle: list[tuple[Attr, Attribute]] = []
     names = {profile.name.text for profile in document.profiles}
-    if chosen is not None and chosen not in names and not document.broken:
+    if chosen is not None and chosen not in names and not document.lost:
         near = nearest(chosen, names)
         help = f"did you mean {listed(near)}?" if near else f"profiles: {', '.join(sorted(names)) or 'none'}"
         problems.append(Diagnostic("E0508", "error", f"there is no profile `{chosen}`", help=help))
@@ -235,7 +235,7 @@ def _argument(
 
 
 def _no_path(document: Document, span: Span, path: str, known: Sequence[str]) -> list[Diagnostic]:
-    if document.broken:
+    if document.lost:
         return []
     near = nearest(path, known)
     help = f"did you mean {listed(near)}?" if near else f"there is {listed(list(known)[:8])}"

@@ -157,7 +157,8 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a file says; `broken` tells that something in it could not be read.
+    """What a file says; `broken` tells that something in it could not be read, and `lost` that this may be
+    a block or another item of the top level, so that names may be missing.
 
     `misnested` tells that brackets do not pair up, so that settings may stand in the wrong blocks.
     """
@@ -170,6 +171,7 @@ class Document:
     includes: tuple[Include, ...] = ()
     profiles: tuple[Profile, ...] = ()
     overrides: tuple[Override, ...] = ()
+    lost: bool = False
 
 
 Member = Attribute | BlockSyntax

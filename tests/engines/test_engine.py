@@ -216,3 +216,17 @@ def test_weight_decay_spares_vectors(source):
     policy = engine(PolicyEngine, source, spec(weight_decay=0.1))
     groups = policy.deepspeed.optimizer.param_groups
     assert {(group["weight_decay"], min(p.dim() for p in group["params"])) for group in groups} == {(0.1, 2), (0.0, 1)}
+
+
+def test_a_build_that_was_killed_does_not_block_the_next_start():
+    """torch waits for as long as the mark of a build exists; a killed build leaves it behind."""
+    from pathlib import Path
+
+    from torch.utils import cpp_extension
+
+    from rlhfdsl.engines.distributed import build_operator
+
+    mark = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    mark.touch()
+    build_operator()  # without the remedy this never returns
+    assert not mark.exists()

@@ -25,8 +25,11 @@ HEAVY = (
         "import rlhfdsl; rlhfdsl.load",
         f"from rlhfdsl.cli.main import main; main(['check', {str(CORPUS / 'ok' / 'three-stages.rlhf')!r}])",
         f"from rlhfdsl.cli.main import main; main(['check', {str(CORPUS / 'bad' / 'E0204-edges.rlhf')!r}])",
+        f"from rlhfdsl.cli.main import main; main(['fmt', '--check', {str(CORPUS / 'ok')!r}])",
+        f"from rlhfdsl.cli.main import main; main(['explain', {str(CORPUS / 'ok' / 'layers.rlhf')!r}, 'stage.sft.lr'])",
+        "from rlhfdsl.cli.main import main; main(['explain', 'E0301'])",
     ],
-    ids=["language", "load", "check", "check-bad"],
+    ids=["language", "load", "check", "check-bad", "fmt", "explain", "explain-code"],
 )
 def test_nothing_heavy_is_imported(code):
     program = f"{code}\nimport sys\nheavy = set({HEAVY!r}) & set(sys.modules)\nassert not heavy, heavy"

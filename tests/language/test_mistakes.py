@@ -149,3 +149,27 @@ def test_one_mutation_gives_few_errors(tmp_path: Path):
 @pytest.mark.slow
 def test_every_mutation_gives_few_errors(tmp_path: Path):
     assert few(count_errors(tmp_path / "x.rlhf", step=1)) >= 0.99
+
+
+TEN = """\
+recipe "ten" { languge = 1 }                                    # E0301
+model tiny { arch: gpt2, layers = 1, hidden = 8, heads = 3 }    # E0106 E0316
+data rows { from = "rows.jsonl", format = chat }                # E0317
+stage sft {
+  model    = model.tyni                                         # E0201
+  data     = data.rows
+  batch    =                                                    # E0102
+  length   = 16K                                                # E0308
+  lr       = "fast"                                             # E0306
+  epochs   = 0                                                  # E0307
+  schedule = cosinus                                            # E0304
+}
+"""
+
+
+def test_ten_mistakes_are_ten_errors(tmp_path: Path):
+    """Of syntax and of meaning, in one run: none hides another, and none is told twice."""
+    path = tmp_path / "ten.rlhf"
+    path.write_text(TEN, encoding="utf-8")
+    lines = enumerate(TEN.split("\n"), 1)
+    assert found(load(path)) == [(n, code) for n, line in lines for code in re.findall(r"E\d{4}", line)]
