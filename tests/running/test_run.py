@@ -136,6 +136,8 @@ def test_interrupting_ends_all_processes_and_keeps_no_finished_looking_folder(tm
     process = subprocess.Popen(
         [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu", "--gpus", "2"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A suite that runs in the background of a shell ignores SIGINT and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     metrics = tmp_path / "runs/small/sft.partial/metrics.jsonl"
     deadline = time.time() + 300
