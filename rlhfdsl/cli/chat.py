@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rlhfdsl.cli.common import show_user_error
-from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.cli.planned import read_plan
+from rlhfdsl.language.diagnostics import UserError, first_line
 
 HELP = "talk to a trained policy"
 COMMANDS = "/new starts a new conversation, /quit ends"
@@ -45,7 +44,7 @@ def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
             f"`{run}` is neither a run nor a model: it has no plan.json and no config.json",
             help="give the folder that `rlhf run` wrote, e.g. runs/quickstart",
         )
-    plan: dict[str, Any] = json.loads(plan_path.read_text(encoding="utf-8"))
+    plan = read_plan(plan_path)
     artifact = "ema" if ema else "policy"
     made = {
         s["address"].removeprefix("stage."): Path(s["artifacts"][artifact])
@@ -81,7 +80,7 @@ def converse(directory: Path, args: argparse.Namespace) -> int:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     except (OSError, ValueError) as error:
         raise UserError(
-            "E0832", f"the model in `{directory}` cannot be loaded", help=str(error).splitlines()[0][:300]
+            "E0832", f"the model in `{directory}` cannot be loaded", help=first_line(error)
         ) from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if args.seed is not None:

@@ -62,21 +62,25 @@ def plan_recipe(args: argparse.Namespace) -> tuple[Recipe, Json]:
 def plan_or_recipe(file: str, args: argparse.Namespace) -> Json | None:
     """A saved plan, or the plan of a recipe with the facts that its lock has; None after an error that was shown."""
     if file.endswith(".json"):
-        return _saved(Path(file))
+        return read_plan(Path(file))
     planned = make_plan(argparse.Namespace(**(vars(args) | {"file": file})), make_facts=False)
     planned.show()
     return planned.plan
 
 
-def _saved(path: Path) -> Json:
+def read_plan(path: Path) -> Json:
+    """A saved plan, valid by its schema. Exits 2 when the file is no JSON object; raises UserError when it is another
+    format's or not of the schema."""
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"{path}: {error.strerror}")
     except ValueError as error:
-        fail(f"{path} is no plan: {error}")
-    validate_plan(plan if isinstance(plan, dict) else {})
-    return dict(plan)
+        fail(f"{path} is not a plan: {error}")
+    if not isinstance(plan, dict):
+        fail(f"{path} is not a plan: it holds no JSON object")
+    validate_plan(plan)
+    return plan
 
 
 def make_plan(

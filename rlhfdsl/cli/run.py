@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from rlhfdsl.cli.common import show_user_error
-from rlhfdsl.cli.planned import add_plan_options, plan_recipe
+from rlhfdsl.cli.common import fail, show_user_error
+from rlhfdsl.cli.planned import add_plan_options, plan_recipe, read_plan
+from rlhfdsl.language import Recipe
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.planning.validate import validate_plan
 
 HELP = "run a recipe or a saved plan; finished stages are not run again"
 
@@ -22,15 +23,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    recipe: Recipe | None = None
+    base = args.file.parent
     if args.file.suffix == ".json":
-        recipe, plan, base = None, read_plan(args.file), args.base or args.file.parent
+        plan = read_plan(args.file)
+        base = args.base or base
+    elif args.base is not None:
+        fail("--base is for a saved plan; the paths of a recipe are relative to its own folder")
     else:
         recipe, plan = plan_recipe(args)
-        base = args.file.parent
-    from rlhfdsl.planning.validate import validate_plan
-
-    try:
         validate_plan(plan)
+    try:
         check_target(plan)
         from rlhfdsl.running.display import Display
         from rlhfdsl.running.supervisor import execute
@@ -47,19 +50,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_plan(path: Path) -> dict[str, Any]:
-    """A plan from its JSON file; exits with status 2 when it cannot be read."""
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        print(f"error: {path} is not a plan: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    if not isinstance(plan, dict):
-        print(f"error: {path} is not a plan", file=sys.stderr)
-        raise SystemExit(2)
-    return plan
-
-
 def check_target(plan: dict[str, Any]) -> None:
     """Refuse a plan for more devices than this machine has. Raises UserError."""
     from rlhfdsl.planning.hardware import detect
@@ -68,10 +58,14 @@ def check_target(plan: dict[str, Any]) -> None:
     if target["device"] == "cpu":
         return
     if here.device != "cuda" or here.gpus < target["gpus"]:
-        has = f"{here.gpus} GPU{'s' * (here.gpus != 1)}" if here.device == "cuda" else "no GPU"
+        has = gpus(here.gpus) if here.device == "cuda" else "no GPU"
         raise UserError(
             "E0792",
-            f"the plan needs {target['gpus']} GPUs on each node, and this machine has {has}",
-            at="cluster",
+            f"the plan needs {gpus(target['gpus'])} on each node, and this machine has {has}",
             help="plan for this machine with `--gpus N`, or `--gpu cpu` to run on the CPU",
         )
+
+
+def gpus(count: int) -> str:
+    """A number of GPUs in words."""
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"

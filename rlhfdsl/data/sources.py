@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhfdsl.data import codes
-from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.models.tokenizers import pin
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
@@ -165,7 +165,7 @@ class _Local:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise self.error(
                 codes.BROKEN_ARCHIVE,
-                f"`{self.named}` is no whole gzip file: {_first_line(error)}",
+                f"`{self.named}` is no whole gzip file: {first_line(error)}",
                 "compress it again, or take .gz off the name of a plain file",
             ) from error
         except OSError as error:
@@ -338,7 +338,7 @@ class _Local:
     def _broken_data(self, what: str, error: Exception) -> UserError:
         return self.error(
             codes.BROKEN_TABLE,
-            f"`{self.named}` is no whole {what}: {_first_line(error)}",
+            f"`{self.named}` is no whole {what}: {first_line(error)}",
             "write or copy it again",
         )
 
@@ -362,7 +362,7 @@ def _hub(address: str, entry: Mapping[str, Any]) -> Source:
         raise UserError(
             codes.HUB_DATA,
             f"`{name}` cannot be read as it is asked for (subset {subset or 'default'}, split {split}): "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             at=f"{address}.from",
             place=name,
             help="check name, subset, split and revision on the hub; a gated data set needs `hf auth login`",
@@ -407,7 +407,3 @@ def kind_of(value: Any) -> str:
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     names[dict] = "an object"
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

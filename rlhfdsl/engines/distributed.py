@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 from pathlib import Path
 
 import deepspeed
@@ -13,6 +12,8 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
+from rlhfdsl.engines.ports import free_port
+
 
 def join(device_kind: str) -> torch.device:
     """Join the ranks that the launcher announced in the environment; return this rank's device.
@@ -20,7 +21,8 @@ def join(device_kind: str) -> torch.device:
     device_kind: "cpu" (gloo) or "cuda" (NCCL). Without a launcher this process is the only rank.
     """
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
     device = torch.device("cpu")
     if device_kind == "cpu":
         build_operator()
@@ -47,13 +49,6 @@ def build_operator() -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)
-
-
-def free_port() -> str:
-    """A TCP port of this host that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def rank() -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.models.quiet import quiet
 from rlhfdsl.models.scalar import HEAD, ScalarModel, reset_head
 from rlhfdsl.models.scratch import scratch_config
@@ -124,11 +124,6 @@ def gathered(parameters: list[torch.Tensor]):
     if any(hasattr(p, "ds_id") for p in parameters):
         return zero.GatheredParameters(parameters, modifier_rank=0)
     return contextlib.nullcontext()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a diagnostic's help."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.data import codes
-from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.models.quiet import quiet
 from rlhfdsl.planning import catalog, lock
 
@@ -135,7 +135,7 @@ def _read_tokenizer(source: str, options: dict, named: str | None, at: str | Non
             place=named,
             help="put tokenizer.json and tokenizer_config.json there, or name another one: tokenizer = bytes"
             if absent
-            else _first_line(error),
+            else first_line(error),
         ) from error
 
 
@@ -340,7 +340,7 @@ def _local_config(directory: Path, named: str, at: str | None) -> PretrainedConf
             else f"`{place}` gives no usable `model_type`",
             at=at,
             place=place,
-            help=_first_line(error),
+            help=first_line(error),
         ) from error
 
 
@@ -400,7 +400,7 @@ def _header(path: Path, place: str, at: str | None) -> dict[str, list[int]]:
             f"`{place}` is no whole safetensors file",
             at=at,
             place=place,
-            help=f"{_first_line(error)}; copy it again",
+            help=f"{first_line(error)}; copy it again",
         ) from error
 
 
@@ -446,7 +446,7 @@ def _hub_model(source: str, at: str | None, error: Exception) -> UserError:
         f"`{source}` cannot be read from the Hugging Face hub",
         at=at,
         place=source,
-        help=f"{_first_line(error)} Run once with a network (HF_HUB_OFFLINE unset, `hf auth login` for a "
+        help=f"{first_line(error)} Run once with a network (HF_HUB_OFFLINE unset, `hf auth login` for a "
         'gated model), or download it and name the directory: from = "./…"',
     )
 
@@ -461,7 +461,7 @@ def _read_json(path: Path, place: str, at: str | None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         line, why = error.lineno, f"{error.msg} at column {error.colno}"
     except (OSError, UnicodeDecodeError) as error:
-        why = _first_line(error)
+        why = first_line(error)
     raise UserError(
         codes.CONFIG,
         f"`{place}` cannot be read: {why}",
@@ -502,10 +502,6 @@ def _no_directory(named: str, directory: Path, at: str | None) -> UserError:
 def _at(address: str | None, setting: str) -> str | None:
     """The recipe address of a model's setting."""
     return f"{address}.{setting}" if address else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _sha256(data: bytes) -> str:

@@ -7,11 +7,12 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from rlhfdsl.engines.ports import free_port
 
 GRACE_SECONDS = 5.0
 
@@ -36,7 +37,7 @@ def start(
         command = [
             sys.executable, "-m", "deepspeed.launcher.launch",
             f"--world_info={base64.urlsafe_b64encode(slots).decode()}",
-            "--master_addr=127.0.0.1", f"--master_port={_free_port()}", *worker,
+            "--master_addr=127.0.0.1", f"--master_port={free_port()}", *worker,
         ]  # fmt: skip
     environment = os.environ | {
         "DS_ACCELERATOR": target["device"],
@@ -75,9 +76,3 @@ def die_with_parent() -> None:
     """On Linux, be killed when the parent dies, so that no rank outlives a killed run."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.running.launcher import die_with_parent
 from rlhfdsl.running.metrics import MetricsWriter
 
@@ -87,7 +87,7 @@ def _leave_error(directory: Path, error: Exception) -> None:
     elif _out_of_memory(error):
         found = {
             "code": "E0790", "at": None, "place": None,
-            "message": "the device ran out of memory: " + str(error).strip().splitlines()[0][:200],
+            "message": "the device ran out of memory: " + first_line(error),
             "help": "a smaller `micro`, `gradient_checkpointing = on` or a higher `zero` in the engine's `parallel`",
         }  # fmt: skip
     else:

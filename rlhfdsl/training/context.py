@@ -116,3 +116,8 @@ def micro_batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Slices of at most `size` rows."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def due(every: int | None, update: int, updates: int) -> bool:
+    """Whether to evaluate after update `update` (from 0). After the last one the stage evaluates anyway."""
+    return every is not None and (update + 1) % every == 0 and update + 1 < updates

@@ -39,7 +39,7 @@ def reference_agrees(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, mask:
     return drift
 
 
-def padding_is_ignored(score, padded_score, dtype: str) -> float:
+def padding_is_ignored(score: torch.Tensor, padded_score: torch.Tensor, dtype: str) -> float:
     """Rewards [B] of the same answers with and without extra padding are equal. Returns the largest difference."""
     drift = (score - padded_score).abs().max().item()
     bound = REWARD_TOLERANCE[dtype] * max(1.0, score.abs().max().item())

@@ -38,7 +38,7 @@ from rlhfdsl.training.advantages import (
     token_rewards,
     whiten,
 )
-from rlhfdsl.training.context import Context, micro_batches
+from rlhfdsl.training.context import Context, due, micro_batches
 from rlhfdsl.training.experience import Experience, answer_mask, at_answers, joined
 from rlhfdsl.training.losses import (
     entropies,
@@ -162,7 +162,9 @@ class Trainer:
         ])  # fmt: skip
         scores = (raw - self.reward_mean) / self.reward_std
         kl = self.settings["kl"]
-        penalty = kl_estimate(log_probs, ref_log_probs, kl["estimator"]) if kl["apply"] == "reward" else log_probs * 0
+        penalty = torch.zeros_like(log_probs)
+        if kl["apply"] == "reward":
+            penalty = kl_estimate(log_probs, ref_log_probs, kl["estimator"])
         rewards = token_rewards(self._shaped(scores, ended), penalty, mask, self.kl_coefficient)
         update = self.settings["update"]
         advantages, returns = advantages_and_returns(rewards, values, mask, update["gamma"], update["lambda"])
@@ -420,7 +422,7 @@ def run(context: Context) -> dict[str, float]:
             context.report("update", update=rollout + 1, of=batch["rollouts"], **metrics)
         if settings["samples_every"] and (rollout + 1) % settings["samples_every"] == 0:
             report_samples(context, experience, rollout + 1)
-        if before and settings["eval_every"] and (rollout + 1) % settings["eval_every"] == 0:
+        if before and due(settings["eval_every"], rollout, batch["rollouts"]):
             after = trainer.answer(held_out)
             context.report("eval", update=rollout + 1, of=batch["rollouts"], **summary(after, before))
 

@@ -17,7 +17,7 @@ from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import ScalarEngine
-from rlhfdsl.training.context import Context, micro_batches
+from rlhfdsl.training.context import Context, due, micro_batches
 from rlhfdsl.training.losses import pair_loss
 
 
@@ -49,7 +49,7 @@ def run(context: Context) -> dict[str, float]:
                 "update", update=update + 1, of=updates, loss=loss, accuracy=accuracy, margin=margin, **step,
                 tokens_per_second=read_tokens(mine) * world / seconds, seconds=seconds,
             )  # fmt: skip
-        if held_out and settings["eval_every"] and (update + 1) % settings["eval_every"] == 0:
+        if held_out and due(settings["eval_every"], update, updates):
             context.report("eval", update=update + 1, of=updates, **evaluate(engine, held_out, context))
 
     result = evaluate(engine, held_out, context) if held_out else {}

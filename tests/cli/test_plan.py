@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from command import rlhf
 
-from rlhfdsl.cli.main import main
 from rlhfdsl.planning.validate import validate_lock, validate_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,13 +38,6 @@ def recipe(tmp_path):
     path = tmp_path / "small.rlhf"
     path.write_text(RECIPE)
     return path
-
-
-def rlhf(capsys, *arguments):
-    """Exit code, stdout and stderr of a command in this process."""
-    code = main([str(argument) for argument in arguments])
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def test_plan_makes_the_lock(capsys, recipe):

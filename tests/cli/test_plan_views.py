@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from command import rlhf
 
-from rlhfdsl.cli.main import main
 from rlhfdsl.planning.validate import validate_plan
 
 RECIPE = """recipe "r" { seed = 3 }
@@ -36,12 +36,6 @@ def recipe(tmp_path):
     path = tmp_path / "r.rlhf"
     path.write_text(RECIPE)
     return path
-
-
-def rlhf(capsys, *arguments):
-    code = main([str(argument) for argument in arguments])
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def test_graph(capsys, recipe):

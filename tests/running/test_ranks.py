@@ -12,7 +12,7 @@ import torch
 from pipeline import plan, run_here, write_recipe
 from safetensors.torch import load_file
 
-from rlhfdsl.engines.distributed import free_port
+from rlhfdsl.engines.ports import free_port
 from rlhfdsl.running.metrics import read_metrics
 
 ZERO = ("0", "2", "3")

@@ -121,6 +121,20 @@ def test_a_broken_plan_is_one_diagnostic(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_chat_with_a_run_whose_plan_is_damaged(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    done = rlhf("chat", ".", folder=tmp_path)
+    assert done.returncode in (1, 2) and "plan" in done.stderr and "bug in rlhfdsl" not in done.stderr
+
+
+def test_base_beside_a_recipe_is_refused(tmp_path):
+    write_recipe(tmp_path, SFT_ONLY)
+    done = rlhf("run", "small.rlhf", "--base", "elsewhere", folder=tmp_path)
+    assert done.returncode == 2 and "--base is for a saved plan" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_data_that_changed_after_the_plan_leaves_no_half_written_run(tmp_path):
     write_recipe(tmp_path, SFT_ONLY)
     assert rlhf("plan", "small.rlhf", "--gpu", "cpu", "-o", "plan.json", folder=tmp_path).returncode == 0

@@ -97,3 +97,8 @@ class UserError(Exception):
         notes = [f"at {self.at}"] if self.at and span is None else []
         notes += [f"in {self.place}"] if self.place else []
         return Diagnostic(self.code, "error", self.message, span, notes=tuple(notes), help=self.help)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 300 characters, for a message or its help."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
