@@ -70,6 +70,15 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise largest of `tensor` over all ranks, on the device where it came from."""
+    if world() == 1:
+        return tensor
+    shared = tensor.to(get_accelerator().current_device_name())
+    comm.all_reduce(shared, op=comm.ReduceOp.MAX)
+    return shared.to(tensor.device)
+
+
 def my_rows(count: int) -> tuple[list[int], int]:
     """The rows of this rank out of `count`, dealt like cards: rank r takes r, r + world, …
 

@@ -1,23 +1,30 @@
-"""What a rollout leaves for the update: sequences, and per-token quantities aligned to their answers."""
+"""What a rollout leaves for the update: sequences, and per-token quantities aligned to their answers.
+
+Three steps, each with more fields: `Answers` are sampled, `Scored` are read by policy, reference and reward, an
+`Experience` knows what each token is worth.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlhfdsl.engines.rollout.interface import Rollout
 from rlhfdsl.models.inputs import length_mask
 
 
-@dataclass(frozen=True)
-class Experience:
-    """B answers of one rollout on one rank. T: longest prompt + answer; A: longest answer.
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """B answers of one rollout on one rank; the answers to one prompt are adjacent rows.
 
-    ids [B, T] right-padded; prompt_lengths, lengths [B]; ended [B]: whether the answer closed with a stop token;
-    mask [B, A]: true on the answer's tokens; everything else [B, A] is 0 outside it, but for scores [B].
+    T: longest prompt + answer; A: longest answer. ids [B, T] right-padded; prompt_lengths, lengths [B]; ended [B]:
+    whether the answer closed with a stop token; mask [B, A]: true on the answer's tokens; rollout_log_probs [B, A]: of
+    the sampled tokens as the rollout engine computed them. Everything [B, A] is 0 outside the mask.
     """
 
     ids: Tensor
@@ -26,26 +33,54 @@ class Experience:
     ended: Tensor
     mask: Tensor
     rollout_log_probs: Tensor
-    log_probs: Tensor
-    ref_log_probs: Tensor
-    values: Tensor
-    scores: Tensor
-    rewards: Tensor
-    advantages: Tensor
-    returns: Tensor
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def rows(self, start: int, stop: int) -> Experience:
+    def rows(self, start: int, stop: int) -> Self:
         """Rows `start` to `stop`, with the columns that only padding fills cut off."""
-        part = {field.name: getattr(self, field.name)[start:stop] for field in fields(self)}
+        return self.take(slice(start, stop))
+
+    def take(self, rows: slice | Tensor) -> Self:
+        """The given rows, with the columns that only padding fills cut off."""
+        part = {f.name: value[rows] for f in fields(self) if (value := getattr(self, f.name)) is not None}
         width, answer = int(part["lengths"].max()), int(part["mask"].sum(1).max())
-        part["ids"] = part["ids"][:, :width]
         for name, tensor in part.items():
-            if name != "ids" and tensor.dim() == 2:
-                part[name] = tensor[:, :answer]
-        return Experience(**part)
+            if tensor.dim() == 2:
+                part[name] = tensor[:, : width if name == "ids" else answer]
+        return type(self)(**part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Answers):
+    """Answers as the training forwards and the reward read them: log-probabilities [B, A] of the sampled tokens under
+    policy and reference, and the reward's raw scores [B]."""
+
+    log_probs: Tensor
+    ref_log_probs: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience(Scored):
+    """Scored answers with what an update learns from, [B, A]; values and returns only where there is a critic."""
+
+    rewards: Tensor
+    advantages: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+
+def as_answers(rollouts: Sequence[Rollout], pad_id: int) -> Answers:
+    """What a rollout engine returned, in one right-padded batch."""
+    parts = [rollout.right_padded(pad_id) for rollout in rollouts]
+    prompt_lengths, lengths = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+    mask = answer_mask(prompt_lengths, lengths)
+    return Answers(
+        ids=joined([part[0] for part in parts], pad_id), prompt_lengths=prompt_lengths, lengths=lengths,
+        ended=torch.cat([rollout.ended for rollout in rollouts]), mask=mask,
+        rollout_log_probs=joined([rollout.log_probs for rollout in rollouts], 0)[:, : mask.shape[1]],
+    )  # fmt: skip
 
 
 def answer_mask(prompt_lengths: Tensor, lengths: Tensor) -> Tensor:

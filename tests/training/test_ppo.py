@@ -11,7 +11,9 @@ from rlhfdsl.data.edge import Example, Prompt
 from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.language.diagnostics import UserError
-from rlhfdsl.training.ppo import Engines, Trainer
+from rlhfdsl.training.onpolicy import Engines
+from rlhfdsl.training.ppo import Trainer
+from rlhfdsl.training.rewards import ModelReward
 
 SETTINGS = {
     "rollouts": 1,
@@ -43,7 +45,7 @@ def trainer(source, other, settings=SETTINGS, micro=3, dropout=0.0, at_once=3, *
         actor=engine(HybridEngine, source, spec(micro=micro, lr=1e-2, dropout=dropout, **actor)),
         critic=engine(ScalarEngine, other, spec("critic", micro=micro, lr=1e-2), seed=11),
         ref=engine(PolicyEngine, other, spec("ref", trains=False, micro=2)),
-        reward=engine(ScalarEngine, source, spec("reward", trains=False, micro=3), seed=12),
+        reward=ModelReward(engine(ScalarEngine, source, spec("reward", trains=False, micro=3), seed=12), longest=28),
     )
     return Trainer(engines, settings, at_once=at_once, stop_ids=STOP, pad_id=258, seed=5)
 
@@ -65,7 +67,7 @@ class Slow:
         self.critic = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1, dtype=torch.float32)
         self.critic.score.weight.data.copy_(trained.engines.critic.module.classifier.score.weight.data)
         self.reward = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
-        self.reward.score.weight.data.copy_(trained.engines.reward.module.classifier.score.weight.data)
+        self.reward.score.weight.data.copy_(trained.engines.reward.engine.module.classifier.score.weight.data)
 
     @staticmethod
     def log_probs(model, sequence, start, temperature=1.0):

@@ -1,0 +1,96 @@
+"""The course of a stage that learns from its own answers: rollouts, reports, evaluation, and what it saves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from rlhfdsl.data.edge import Example
+from rlhfdsl.data.order import batch_rows
+from rlhfdsl.engines import distributed
+from rlhfdsl.engines.artifacts import save_model
+from rlhfdsl.engines.ema import MovingAverage
+from rlhfdsl.training.context import Context, due
+from rlhfdsl.training.evaluation import answer, report_answers, summary
+from rlhfdsl.training.experience import Experience
+from rlhfdsl.training.onpolicy import Engines, OnPolicy
+
+
+def run(context: Context, algorithm: type[OnPolicy], engines: Engines) -> dict[str, float]:
+    """Train a stage's engines with `algorithm`, evaluate against the policy it started from, and save what it made."""
+    settings, batch = context.settings, context.stage["batch"]
+    trainer = algorithm(
+        engines, settings, at_once=batch["generate_per_rank"],
+        stop_ids=context.stop_ids, pad_id=context.pad_id, seed=context.seed,
+    )  # fmt: skip
+    decay = engines.actor.spec["ema"]
+    if decay is not None:
+        trainer.average = MovingAverage(engines.actor, decay)
+    prompts, held_out, texts = context.rows("train"), context.rows("eval"), context.rows("ptx")
+    world, rank = distributed.world(), distributed.rank()
+    warmup = settings["critic"]["warmup_rollouts"] if engines.critic is not None else 0
+
+    before = answer(trainer, held_out) if held_out else None
+    if before:
+        context.report("eval", update=0, of=batch["rollouts"], **summary(before))
+    for rollout in range(batch["rollouts"]):
+        chosen = batch_rows(len(prompts), batch["prompts"], rollout, context.seed, context.shuffles("train"))
+        rows = list(range(rank, batch["prompts"], world))
+        experience, metrics = trainer.generate_experience([prompts[chosen[i]] for i in rows], rows)
+        if rollout == 0:
+            same = context.weights_of("actor") == context.weights_of("ref")
+            context.report("invariants", **trainer.check(experience, same))
+        pretraining = ptx_rows(context, texts, rollout) if texts else ()
+        metrics |= trainer.train_step(experience, pretraining, actor=rollout >= warmup)
+        if (rollout + 1) % settings["log"] == 0 or rollout + 1 == batch["rollouts"]:
+            context.report("update", update=rollout + 1, of=batch["rollouts"], **metrics)
+        if settings["samples_every"] and (rollout + 1) % settings["samples_every"] == 0:
+            report_samples(context, experience, rollout + 1)
+        if before and due(settings["eval_every"], rollout, batch["rollouts"]):
+            after = answer(trainer, held_out)
+            context.report("eval", update=rollout + 1, of=batch["rollouts"], **summary(after, before))
+
+    result: dict[str, float] = {}
+    if before:
+        after = answer(trainer, held_out)
+        result = summary(after, before)
+        report_answers(context, held_out, before, after)
+    context.report("eval", update=batch["rollouts"], of=batch["rollouts"], **result)
+    save_model(engines.actor, context.tokenizer, context.artifact("policy"), stop_ids=context.stop_ids)
+    if engines.critic is not None:
+        save_model(engines.critic, context.tokenizer, context.artifact("critic"), stop_ids=context.stop_ids)
+    if trainer.average is not None:
+        trainer.average.write()
+        if before:
+            averaged = {f"ema_{name}": value for name, value in summary(answer(trainer, held_out), before).items()}
+            context.report("eval", update=batch["rollouts"], of=batch["rollouts"], **averaged)
+            result |= averaged
+        save_model(engines.actor, context.tokenizer, context.artifact("ema"), stop_ids=context.stop_ids)
+    return result
+
+
+def ptx_rows(context: Context, texts: Sequence[Example], rollout: int) -> list[list[Example]]:
+    """This rank's pretraining rows for each update of a rollout."""
+    updates, size = context.stage["batch"]["updates_per_rollout"], context.settings["ptx"]["batch"]
+    batches = []
+    for update in range(rollout * updates, (rollout + 1) * updates):
+        chosen = batch_rows(len(texts), size, update, context.seed, context.shuffles("ptx"))
+        batches.append([texts[i] for i in chosen[distributed.rank() :: distributed.world()]])
+    return batches
+
+
+def report_samples(context: Context, experience: Experience, rollout: int) -> None:
+    """Append the first answers of a rollout to samples.jsonl."""
+    if distributed.rank() != 0:
+        return
+    with (context.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
+        for row in range(min(4, len(experience))):
+            ids = experience.ids[row, : experience.lengths[row]]
+            start = int(experience.prompt_lengths[row])
+            line = {
+                "rollout": rollout,
+                "prompt": context.tokenizer.decode(ids[:start], skip_special_tokens=True),
+                "answer": context.tokenizer.decode(ids[start:], skip_special_tokens=True),
+                "score": round(experience.scores[row].item(), 4),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

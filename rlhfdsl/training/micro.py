@@ -1,0 +1,55 @@
+"""How the rows of a minibatch are cut into micro batches: like lengths together, short rows more at a time.
+
+A micro batch is padded to its longest row, so rows of mixed lengths waste most of a pass. Losses are sums over the
+tokens of the whole minibatch, so the cut changes speed and rounding, never the gradient that is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhfdsl.engines import distributed
+
+
+def by_length(lengths: Sequence[int], micro: int, longest: int) -> list[list[int]]:
+    """Row numbers in micro batches, the longest rows first.
+
+    micro: rows of `longest` tokens that the device has room for; a micro batch of shorter rows holds more of them, up
+    to as many tokens, padding counted.
+    """
+    parts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= micro * longest:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
+def in_parts(parts: list[list[int]], count: int) -> list[list[int]]:
+    """The same rows in at least `count` micro batches: the fullest is halved until there are as many."""
+    parts = list(parts)
+    while len(parts) < count:
+        fullest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        half = len(parts[fullest]) // 2
+        parts[fullest : fullest + 1] = [parts[fullest][:half], parts[fullest][half:]]
+    return parts
+
+
+def micro_parts(
+    lengths: Sequence[int], micro: int, longest: int, size: int | None = None
+) -> list[list[torch.Tensor]]:
+    """The micro batches, as int64 row numbers, of each minibatch of `size` consecutive rows (None: all rows are one).
+
+    Every rank gets equally many for a minibatch: above ZeRO 0 each pass is a collective call. So all ranks call this
+    together, with equally many rows.
+    """
+    size = size or len(lengths)
+    cut = [by_length(lengths[start : start + size], micro, longest) for start in range(0, len(lengths), size)]
+    most = distributed.all_max(torch.tensor([len(parts) for parts in cut])).tolist()
+    return [
+        [torch.tensor(rows) + number * size for rows in in_parts(parts, count)]
+        for number, (parts, count) in enumerate(zip(cut, most, strict=True))
+    ]

@@ -1,0 +1,274 @@
+"""Learning from one's own answers: what PPO, GRPO and RLOO share.
+
+A rollout: the actor samples answers to its prompts, actor, reference and reward read them, and the algorithm says what
+each token is worth. Then `epochs` passes over the minibatches, each with one optimizer step. An algorithm is a subclass
+that turns `Scored` answers into an `Experience`; one that trains more than an actor extends `gradients` and `trained`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhfdsl.data.edge import Example, Prompt
+from rlhfdsl.data.order import order
+from rlhfdsl.engines import distributed
+from rlhfdsl.engines.distributed import all_sum
+from rlhfdsl.engines.ema import MovingAverage
+from rlhfdsl.engines.engine import Engine, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.hybrid import HybridEngine
+from rlhfdsl.engines.rollout.interface import Rollout, Sampling
+from rlhfdsl.training import invariants, rollouts
+from rlhfdsl.training.advantages import next_kl_coefficient
+from rlhfdsl.training.experience import Experience, Scored, as_answers
+from rlhfdsl.training.losses import kl_estimate
+from rlhfdsl.training.micro import micro_parts
+from rlhfdsl.training.policy import policy_gradients, pretraining_gradients
+from rlhfdsl.training.rewards import ModelReward, Reward
+
+
+@dataclass
+class Engines:
+    """The models of a stage: a policy that learns, the policy it is held to, what scores, and PPO's critic."""
+
+    actor: HybridEngine
+    ref: PolicyEngine
+    reward: Reward
+    critic: ScalarEngine | None = None
+
+
+class OnPolicy(ABC):
+    """A loop over a set of engines: `generate_experience`, then `train_step`, once for each rollout.
+
+    settings: the `settings` of the stage in the plan. at_once: sequences that one rank samples at a time (what its
+    KV cache has room for). stop_ids end an answer; pad_id fills rows and decides nothing.
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        settings: dict[str, Any],
+        *,
+        at_once: int,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        seed: int,
+    ):
+        self.engines = engines
+        self.settings = settings
+        self.at_once = at_once
+        self.stop_ids, self.pad_id, self.seed = stop_ids, pad_id, seed
+        self.device = engines.actor.device
+        self.kl_coefficient: float = settings["kl"]["coef"]
+        self.rollouts = 0
+        self.average: MovingAverage | None = None
+
+    # -- what an algorithm decides ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def judged(self, scored: Scored) -> Experience:
+        """What each token of the answers is worth: rewards and advantages (and values and returns)."""
+
+    def trained(self, actor: bool) -> list[Engine]:
+        """The engines that an update steps; `actor`: whether the actor learns too."""
+        return [self.engines.actor] if actor else []
+
+    def gradients(
+        self, experience: Experience, number: int, pretraining: Sequence[Example], actor: bool
+    ) -> dict[str, float]:
+        """Accumulate the gradients of minibatch `number` in every trained engine."""
+        if not actor:
+            return {}
+        engine = self.engines.actor
+        parts = self.parts(experience, engine)[number]
+        metrics = policy_gradients(engine, experience, parts, self.settings, self.kl_coefficient)
+        if pretraining:
+            weight = self.settings["ptx"]["weight"]
+            metrics["ptx_loss"] = pretraining_gradients(engine, pretraining, weight, self.pad_id)
+        return metrics
+
+    # -- sampling and scoring --------------------------------------------------------------------------------------
+
+    @property
+    def temperature(self) -> float:
+        return self.settings["rollout"]["temperature"]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest answer, at which every micro batch was sized."""
+        return self.settings["rollout"]["prompt"] + self.settings["rollout"]["answer"]
+
+    def sample(self, prompts: Sequence[Prompt], rows: Sequence[int], rollout: int, answers: int) -> list[Rollout]:
+        """Sample `answers` answers to each prompt; `rows` are the prompts' numbers in the global batch."""
+        sampling = Sampling(
+            max_new_tokens=self.settings["rollout"]["answer"],
+            temperature=self.temperature,
+            n_samples_per_prompt=answers,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+        )
+        return rollouts.sample(
+            self.engines.actor, prompts, rows, sampling, at_once=self.at_once, seed=self.seed, rollout=rollout
+        )
+
+    @torch.no_grad()
+    def generate_experience(
+        self, prompts: Sequence[Prompt], rows: Sequence[int]
+    ) -> tuple[Experience, dict[str, float]]:
+        """One rollout over this rank's `prompts`, whose numbers in the global batch are `rows`.
+
+        Returns the experience and the rollout's metrics, the same on every rank.
+        """
+        started = time.perf_counter()
+        sampled = self.sample(prompts, rows, self.rollouts, self.settings["rollout"]["answers"])
+        generated = time.perf_counter()
+        experience = self.judged(self.score(sampled))
+        metrics = self.rollout_metrics(experience)
+        metrics["seconds_generate"] = generated - started
+        metrics["seconds_score"] = time.perf_counter() - generated
+        metrics["generated_per_second"] = metrics["answers"] * metrics["length"] / metrics["seconds_generate"]
+        self.rollouts += 1
+        return experience, metrics
+
+    @torch.no_grad()
+    def score(self, sampled: Sequence[Rollout]) -> Scored:
+        """Read sampled answers with actor, reference and reward."""
+        answers = as_answers(sampled, self.pad_id)
+        log_probs = []
+        for engine in (self.engines.actor, self.engines.ref):
+            engine.eval()
+            parts = [rows for minibatch in self.parts(answers, engine) for rows in minibatch]
+            log_probs.append(rollouts.read(answers, parts, lambda part, e=engine: self._log_probs(e, part)))
+        return Scored(**vars(answers), log_probs=log_probs[0], ref_log_probs=log_probs[1],
+                      scores=self.engines.reward(answers).float())  # fmt: skip
+
+    def parts(self, answers: Scored, engine: Engine) -> list[list[Tensor]]:
+        """The micro batches of each minibatch of the update.
+
+        Scoring uses the same: so policy and old policy are compared between passes of one shape, and the ratio of the
+        first update is 1 whatever the type.
+        """
+        size = self.settings["update"]["minibatch"] // distributed.world()
+        return micro_parts(answers.lengths.tolist(), engine.micro, self.longest, size)
+
+    def shaped(self, scored: Scored) -> Tensor:
+        """Scores as the algorithm sees them, [B]: clipped, and moved by `missing_eos` where the answer did not end."""
+        reward, scores = self.settings["reward"], scored.scores
+        if reward["clip"] is not None:
+            scores = scores.clamp(-reward["clip"], reward["clip"])
+        return scores + reward["missing_eos"] * ~scored.ended
+
+    def penalty(self, scored: Scored) -> Tensor:
+        """The KL estimate that is taken off the reward at each token, [B, A]; 0 where the KL is in the loss."""
+        kl = self.settings["kl"]
+        if kl["apply"] == "loss":
+            return torch.zeros_like(scored.log_probs)
+        return kl_estimate(scored.log_probs, scored.ref_log_probs, kl["estimator"])
+
+    def _log_probs(self, engine: PolicyEngine, part: Any) -> Tensor:
+        return rollouts.answer_log_probs(engine, part, self.temperature)[0]
+
+    def rollout_metrics(self, experience: Experience) -> dict[str, float]:
+        """Means over the answers (or their tokens) of all ranks."""
+        mask = experience.mask
+        kl = kl_estimate(experience.log_probs, experience.ref_log_probs, "k1") * mask
+        gap = (experience.rollout_log_probs - experience.log_probs).abs() * mask
+        clip = self.settings["reward"]["clip"]
+        clipped = experience.scores.abs() > (math.inf if clip is None else clip)
+        per_answer = torch.stack([
+            torch.ones_like(experience.scores), experience.scores, experience.scores.square(), kl.sum(1),
+            mask.sum(1).float(), experience.ended.float(), clipped.float(), gap.sum(1), experience.rewards.sum(1),
+        ])  # fmt: skip
+        sums = all_sum(per_answer.double().sum(1)).tolist()
+        count, score, square, kl_sum, tokens, ended, clips, parity, reward = sums
+        return {
+            "answers": count,
+            "score": score / count,
+            "score_std": math.sqrt(max(square / count - (score / count) ** 2, 0.0)),
+            "reward": reward / count,
+            "kl": kl_sum / count,
+            "kl_per_token": kl_sum / tokens,
+            "kl_coefficient": self.kl_coefficient,
+            "length": tokens / count,
+            "ended": ended / count,
+            "score_clipped": clips / count,
+            "parity": parity / tokens,
+        }
+
+    # -- learning --------------------------------------------------------------------------------------------------
+
+    def train_step(
+        self, experience: Experience, ptx: Sequence[Sequence[Example]] = (), *, actor: bool = True
+    ) -> dict[str, float]:
+        """All updates of one rollout: `epochs` passes over its minibatches.
+
+        ptx: this rank's pretraining rows for each update, if the stage mixes them in. actor: whether the actor learns
+        too (not while a critic warms up). Returns the mean metrics of the updates.
+        """
+        started = time.perf_counter()
+        update = self.settings["update"]
+        count = len(experience) // (update["minibatch"] // distributed.world())
+        history: list[dict[str, float]] = []
+        for epoch in range(update["epochs"]):
+            for number in order(count, self.seed, self.rollouts * update["epochs"] + epoch, shuffle=True):
+                pretraining = ptx[len(history)] if ptx else ()
+                metrics = self.gradients(experience, number, pretraining, actor)
+                history.append(metrics | self._step(actor))
+        self._steer(experience)
+        mean = {key: sum(m[key] for m in history) / len(history) for key in history[0]}
+        return mean | {"seconds_train": time.perf_counter() - started}
+
+    def _step(self, actor: bool) -> dict[str, float]:
+        """One optimizer step of every trained engine."""
+        metrics = {}
+        for engine, name in ((self.engines.critic, "critic"), (self.engines.actor, "actor")):
+            if engine in self.trained(actor):
+                step = engine.step()
+                metrics |= {f"{name}_lr": step["lr"], f"{name}_grad_norm": step["grad_norm"]}
+        if actor and self.average is not None:
+            self.average.update()
+        return metrics
+
+    def _steer(self, experience: Experience) -> None:
+        """Move an adaptive KL coefficient towards its target."""
+        kl = self.settings["kl"]
+        if kl["target"] is None:
+            return
+        sums = torch.stack([
+            (experience.log_probs - experience.ref_log_probs).sum(),
+            torch.tensor(float(len(experience)), device=self.device),
+        ])  # fmt: skip
+        total, count = all_sum(sums).tolist()
+        self.kl_coefficient = next_kl_coefficient(
+            self.kl_coefficient, total / count, kl["target"], kl["horizon"], int(count)
+        )
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check(self, experience: Experience, same_reference: bool) -> dict[str, float]:
+        """The invariants of step 0, on the first micro batch of the first rollout. Raises UserError."""
+        actor, reward = self.engines.actor, self.engines.reward
+        part = experience.take(self.parts(experience, actor)[0][0])
+        actor.train()
+        again = self._log_probs(actor, part)
+        dtype = actor.spec["dtype"]
+        found = {"ratio": invariants.ratio_is_one(part.log_probs, again, part.mask, dtype)}
+        if same_reference:
+            found["reference"] = invariants.reference_agrees(part.log_probs, part.ref_log_probs, part.mask, dtype)
+        if isinstance(reward, ModelReward):
+            part = experience.rows(0, reward.engine.micro)
+            padded = torch.nn.functional.pad(part.ids, (0, 7), value=self.pad_id)
+            found["padding"] = invariants.padding_is_ignored(
+                reward.engine.scores(part.ids, part.lengths),
+                reward.engine.scores(padded, part.lengths),
+                reward.engine.spec["dtype"],
+            )
+        return {f"invariant_{name}": value for name, value in found.items()}

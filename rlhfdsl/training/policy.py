@@ -1,0 +1,81 @@
+"""The policy's part of an update, the same in PPO, GRPO and RLOO: gradients of one minibatch, before its one step.
+
+The loss is the clipped surrogate, plus coefficient x KL where the recipe puts the KL in the loss, minus an entropy
+bonus, as a mean over the answer tokens of the whole minibatch on all ranks; and, where the recipe mixes pretraining in,
+weight x the token-mean loss of its rows. Both gradients are summed before the optimizer steps once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhfdsl.data.collate import collate
+from rlhfdsl.data.edge import Example
+from rlhfdsl.engines import distributed
+from rlhfdsl.engines.distributed import all_sum
+from rlhfdsl.engines.engine import PolicyEngine
+from rlhfdsl.training.context import micro_batches
+from rlhfdsl.training.experience import Experience, at_answers
+from rlhfdsl.training.losses import entropies, kl_estimate, policy_loss, token_mean
+from rlhfdsl.training.rollouts import answer_log_probs
+from rlhfdsl.training.sft import supervised_tokens, token_loss
+
+
+def policy_gradients(
+    engine: PolicyEngine,
+    experience: Experience,
+    parts: Iterable[Tensor],
+    settings: dict[str, Any],
+    kl_coefficient: float,
+) -> dict[str, float]:
+    """Accumulate the gradients of one minibatch, whose micro batches are the row numbers `parts`.
+
+    settings: `update`, `kl` and `rollout` of the stage's settings. Returns means over the minibatch's tokens.
+    """
+    update, kl, temperature = settings["update"], settings["kl"], settings["rollout"]["temperature"]
+    parts = list(parts)
+    tokens = all_sum(sum(experience.mask[rows].sum() for rows in parts).float())
+    sums = torch.zeros(6, device=engine.device, dtype=torch.float64)
+    engine.train()
+    for rows in parts:
+        part = experience.take(rows)
+        mask = part.mask
+        log_probs, logits = answer_log_probs(engine, part, temperature)
+        losses, clipped = policy_loss(log_probs, part.log_probs, part.advantages, update["clip"], update["dual_clip"])
+        surrogate = losses.detach()
+        if kl["apply"] == "loss":
+            losses = losses + kl_coefficient * kl_estimate(log_probs, part.ref_log_probs, kl["estimator"])
+        with torch.set_grad_enabled(update["entropy"] != 0):
+            entropy = at_answers(entropies(logits, temperature), part.prompt_lengths, mask)
+        if update["entropy"]:
+            losses = losses - update["entropy"] * entropy
+        engine.backward(token_mean(losses, mask, tokens, distributed.world()))
+        log_ratio = (log_probs - part.log_probs).detach()
+        sums += torch.stack([
+            (surrogate * mask).sum(), (clipped & mask).sum(), (entropy.detach() * mask).sum(),
+            (kl_estimate(part.log_probs, log_probs.detach(), "k3") * mask).sum(),
+            (log_ratio.exp() * mask).sum(), mask.sum(),
+        ]).double()  # fmt: skip
+    loss, clips, entropy_sum, approximate_kl, ratio, count = all_sum(sums).tolist()
+    return {
+        "policy_loss": loss / count,
+        "clipped": clips / count,
+        "entropy": entropy_sum / count,
+        "approximate_kl": approximate_kl / count,
+        "ratio": ratio / count,
+    }
+
+
+def pretraining_gradients(engine: PolicyEngine, rows: Sequence[Example], weight: float, pad_id: int) -> float:
+    """Add weight x the token-mean loss of pretraining rows to the gradients; returns that loss."""
+    tokens = supervised_tokens(rows, engine.device)
+    total = torch.zeros((), device=engine.device)
+    for part in micro_batches(rows, engine.micro):
+        loss = token_loss(engine, collate(part, pad_id).to(engine.device), tokens)
+        engine.backward(weight * loss)
+        total += loss.detach()
+    return all_sum(total).item() / distributed.world()

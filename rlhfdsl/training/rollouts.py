@@ -1,0 +1,79 @@
+"""Sampling answers, and reading them with models in micro batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhfdsl.data.edge import Prompt
+from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
+from rlhfdsl.engines.hybrid import HybridEngine
+from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_padded
+from rlhfdsl.engines.rollout.sampling import row_seeds
+from rlhfdsl.training.experience import Answers, at_answers
+from rlhfdsl.training.losses import selected_log_probs
+
+
+def sample(
+    actor: HybridEngine,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    sampling: Sampling,
+    *,
+    at_once: int,
+    seed: int,
+    rollout: int,
+) -> list[Rollout]:
+    """Sample answers to each prompt; one `Rollout` for each `at_once` sequences.
+
+    rows: the prompts' numbers in the global batch. With `seed` and `rollout` they decide the noise, so an answer does
+    not depend on its neighbours or its rank.
+    """
+    answers = sampling.n_samples_per_prompt
+    step = max(at_once // answers, 1)
+    rollouts = []
+    for chosen in (range(len(prompts))[start : start + step] for start in range(0, len(prompts), step)):
+        ids, mask = left_padded([prompts[i].ids for i in chosen], sampling.pad_id)
+        numbers = torch.tensor([rows[i] for i in chosen]).unsqueeze(1) * answers + torch.arange(answers)
+        request = Prompts(
+            prompt_ids=ids.to(actor.device),
+            prompt_attention_mask=mask.to(actor.device),
+            seeds=row_seeds(seed, rollout, numbers.flatten()).to(actor.device),
+        )
+        rollouts.append(actor.generate(request, sampling))
+    return rollouts
+
+
+def answer_log_probs(engine: PolicyEngine, part: Answers, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log p [b, A] of the answers' tokens given those before them, 0 outside the mask; the logits behind it)."""
+    logits = engine.logits(part.ids, part.lengths)[:, :-1]
+    log_probs = selected_log_probs(logits, part.ids[:, 1:], temperature)
+    return at_answers(log_probs, part.prompt_lengths, part.mask), logits
+
+
+def answer_values(engine: ScalarEngine, part: Answers) -> Tensor:
+    """The scalar of the state before each answer token, [b, A], 0 outside the mask."""
+    return at_answers(engine.scalars(part.ids, part.lengths), part.prompt_lengths, part.mask)
+
+
+@torch.no_grad()
+def read(answers: Answers, parts: Iterable[Tensor], function: Callable[[Answers], Tensor]) -> Tensor:
+    """`function` over micro batches of `answers`, put back in their order: [B] or [B, A].
+
+    parts: row numbers of each micro batch; function: a part of the answers to [b], or [b, its own A].
+    """
+    whole: Tensor | None = None
+    for rows in parts:
+        found = function(answers.take(rows))
+        if whole is None:
+            shape = answers.mask.shape if found.dim() == 2 else answers.mask.shape[:1]
+            whole = torch.zeros(shape, dtype=found.dtype, device=found.device)
+        target = rows.to(found.device)
+        if found.dim() == 2:
+            whole[target, : found.shape[1]] = found
+        else:
+            whole[target] = found
+    assert whole is not None, "no rows"
+    return whole
