@@ -8,6 +8,7 @@ import sys
 
 from rlhfdsl.cli.common import OK, fail
 from rlhfdsl.language.resources import resource
+from rlhfdsl.language.schema import table
 from rlhfdsl.language.suggest import listed, nearest
 
 HELP = "print a JSON schema: of recipes, plans, locks"
@@ -20,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a schema of grammar/ as it is."""
+    """Print a schema of grammar/; the recipe's with the definitions of the file that it refers to."""
     paths = {path.name.partition(".")[0]: path for path in sorted(resource("grammar").glob("*.schema.json"))}
     if args.list:
         width = max(map(len, paths))
@@ -31,5 +32,8 @@ def run(args: argparse.Namespace) -> int:
         near = nearest(args.name, paths)
         help = f"did you mean {listed(near)}?" if near else f"there is {listed(paths)}"
         fail(f"there is no schema `{args.name}`; {help}")
-    sys.stdout.write(paths[args.name].read_text(encoding="utf-8"))
+    if args.name == "recipe":
+        print(json.dumps(table(), indent=2, ensure_ascii=False))
+    else:
+        sys.stdout.write(paths[args.name].read_text(encoding="utf-8"))
     return OK

@@ -187,7 +187,8 @@ class _Checker:
             message = "only a top-level block is made `from` another"
             self.report("E0214", message, node.copied.span, help="write its settings out")
         if kind not in definition.blocks:
-            self.problems.append(unknown.inner_block(node, definition))
+            refused = unknown.refused(kind, node.kind.span, definition)
+            self.problems.append(refused or unknown.inner_block(node, definition))
             return None
         allowed = schema.definition(definition.blocks[kind][0]).label == "name?"
         if not node.labels:
@@ -225,6 +226,10 @@ class _Checker:
         if name in definition.blocks:
             message = f"`{name}` is a block, not an attribute"
             self.report("E0303", message, span, help=f"write `{name} {{ … }}`")
+            return None
+        refused = unknown.refused(name, span, definition)
+        if refused is not None:
+            self.problems.append(refused)
             return None
         guess = unknown.attribute(name, span, definition, set(taken) - {name})
         excused.add(guess.stands_for)

@@ -1,4 +1,8 @@
-"""The table of the language, grammar/recipe.schema.json, as the checker reads it."""
+"""The table of the language, grammar/recipe.schema.json, as the checker reads it.
+
+The keys of `deepspeed { }` are a table of their own, grammar/deepspeed.schema.json, made from DeepSpeed's config models
+(engines/deepspeed_keys.py); here the two are one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 from rlhfdsl.language.resources import resource
 
 _REF = "#/$defs/"
+_ESCAPE = "deepspeed.schema.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +85,11 @@ class Definition:
 
 @cache
 def table() -> Mapping[str, Any]:
-    """The whole JSON."""
-    data: Mapping[str, Any] = json.loads(
-        resource("grammar", "recipe.schema.json").read_text(encoding="utf-8")
-    )
+    """The whole JSON, with the definitions of the file that it refers to."""
+    text = resource("grammar", "recipe.schema.json").read_text(encoding="utf-8")
+    data: dict[str, Any] = json.loads(text.replace(f'"{_ESCAPE}#/', '"#/'))
+    escape = json.loads(resource("grammar", _ESCAPE).read_text(encoding="utf-8"))
+    data["$defs"] |= escape["$defs"]
     return data
 
 

@@ -11,6 +11,8 @@ from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.language.syntax import BlockSyntax, Word
 from rlhfdsl.language.values import rename
 
+_NAMES = 24  # told in one message
+
 
 @dataclass(frozen=True, slots=True)
 class Guess:
@@ -47,6 +49,18 @@ def stage_kind(word: Word) -> Diagnostic:
     fixes = tuple(rename(name, word.span) for name in near)
     message = f"there is no kind of stage `{word.text}`"
     return Diagnostic("E0207", "error", message, word.span, help=help, fixes=fixes)
+
+
+def refused(name: str, span: Span, definition: Definition) -> Diagnostic | None:
+    """A key of DeepSpeed that a recipe does not pass on: the plan derives it, or it has no part in a run."""
+    derived, unused = (definition.table.get(key, {}) for key in ("x-derived", "x-unused"))
+    if name in derived:
+        message = f"the plan sets `{name}` of DeepSpeed's configuration"
+        return Diagnostic("E0320", "error", message, span, "not passed on", help=derived[name])
+    if name in unused:
+        message = f"`{name}` of DeepSpeed's configuration has no part in a run"
+        return Diagnostic("E0321", "error", message, span, "not passed on", help=unused[name])
+    return None
 
 
 def inner_block(node: BlockSyntax, definition: Definition) -> Diagnostic:
@@ -91,7 +105,9 @@ def attribute(name: str, span: Span, definition: Definition, taken: set[str]) ->
     homes = [type_ for type_ in schema.types() if name in schema.definition(type_).attributes]
     if homes:
         return Guess(f"`{name}` stands in {home(homes[0])}")
-    return Guess(f"attributes: {', '.join([*definition.attributes, *definition.blocks])}")
+    names = [*definition.attributes, *definition.blocks]
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return Guess(f"attributes: {', '.join(names[:_NAMES])}{more}")
 
 
 def home(type_: str) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Block, Recipe, Reference
 from rlhfdsl.planning import entries, stages, timing
-from rlhfdsl.planning.deepspeed_config import LIVE
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.placing import Scope, base_of
 from rlhfdsl.planning.problems import Problems
@@ -86,9 +85,15 @@ def _time(planned: list[Any], models: Mapping[str, entries.Model], target: Targe
         f"{stage['address']}: at ZeRO 3 all weights are gathered anew for each token that is sampled"
         for stage in planned
         if stage["kind"] == "ppo" and stage["engines"]["actor"]["zero"] == 3
-        and (stage["memory"]["engines"]["actor"]["parameters"] or 0) > LIVE
+        and (stage["memory"]["engines"]["actor"]["parameters"] or 0) > _live(stage["engines"]["actor"])
     ]  # fmt: skip
     return {"seconds": seconds, "price": price, "cost": cost, "assumptions": notes}
+
+
+def _live(engine: Mapping[str, Any]) -> int:
+    """The parameters that an engine at ZeRO 3 may keep whole."""
+    live: int = engine["deepspeed"]["zero_optimization"]["stage3_max_live_parameters"]
+    return live
 
 
 def _version() -> str:

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from rlhfdsl.planning import memory
 from rlhfdsl.planning.batches import divisors, largest_divisor
 from rlhfdsl.planning.catalog import Shape, largest_layer
+from rlhfdsl.planning.deepspeed_config import LIVE
 from rlhfdsl.planning.hardware import Target
 
 TOKENS_KNOWN = 16 * 1024
@@ -41,7 +42,8 @@ class Need:
     count).
 
     per_rank: items of one step on one device, which the micro batch divides. An item is `sequences` sequences
-    of `length` tokens: two for a pair.
+    of `length` tokens: two for a pair. bucket, live: elements of a ZeRO bucket and parameters that ZeRO 3 may keep
+    whole, where `deepspeed { }` says them.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Need:
     checkpointing: bool | None
     micro: int | None
     ema: bool  # an fp32 moving average of the weights, shared out over the devices
+    bucket: int | None = None
+    live: int = LIVE
 
     @property
     def tokens(self) -> int:
@@ -244,9 +248,10 @@ def _working(need: Need, zero: int, states: memory.States, checkpointing: bool, 
         need.shape, sequences=micro * need.sequences, length=need.length, dtype=need.dtype, trains=train,
         checkpointing=checkpointing, head=need.head, eager=need.eager,
     )  # fmt: skip
-    used += memory.gathered(states, dtype=need.dtype, zero=zero)
+    used += memory.gathered(states, dtype=need.dtype, zero=zero, live=need.live)
     if train:
-        used += states.passing + memory.buckets(states.parameters, dtype=need.dtype, zero=zero)
+        used += states.passing
+        used += memory.buckets(states.parameters, dtype=need.dtype, zero=zero, elements=need.bucket)
     return used
 
 
@@ -289,7 +294,7 @@ def _generation(
     shape, states = actor.need.shape, actor.states
     if shape is None or states is None:
         return rollout.per_rank, None, None
-    gathered = memory.gathered(states, dtype=actor.need.dtype, zero=actor.zero)
+    gathered = memory.gathered(states, dtype=actor.need.dtype, zero=actor.zero, live=actor.need.live)
 
     def used(rows: int) -> tuple[int, int]:
         cache, working = memory.generation(

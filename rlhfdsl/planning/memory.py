@@ -90,17 +90,20 @@ def states(
     return States(count, gathered + shard, gradients, optimizer, 0, True)
 
 
-def gathered(states: States, *, dtype: str, zero: int) -> int:
+def gathered(states: States, *, dtype: str, zero: int, live: int = LIVE) -> int:
     """Bytes of parameters that ZeRO 3 keeps whole in use, beyond the one module that `states` counts.
 
-    DeepSpeed releases a parameter after use only when LIVE parameters are whole or its next use is LIVE away.
+    DeepSpeed releases a parameter after use only when `live` parameters are whole or its next use is as far away.
     """
-    return 0 if zero < 3 else max(0, BYTES[dtype] * min(states.parameters, LIVE) - states.weights)
+    return 0 if zero < 3 else max(0, BYTES[dtype] * min(states.parameters, live) - states.weights)
 
 
-def buckets(count: int, *, dtype: str, zero: int) -> int:
-    """Bytes of the buffers in which ZeRO collects gradients for the other ranks: one, at stage 2 one more."""
-    return 0 if zero == 0 else bucket_size(count) * BYTES[dtype] * (2 if zero == 2 else 1)
+def buckets(count: int, *, dtype: str, zero: int, elements: int | None = None) -> int:
+    """Bytes of the buffers in which ZeRO collects gradients for the other ranks: one, at stage 2 one more.
+
+    elements: of one, where the recipe says it.
+    """
+    return 0 if zero == 0 else (elements or bucket_size(count)) * BYTES[dtype] * (2 if zero == 2 else 1)
 
 
 def layer_tokens(s: Shape, length: int, dtype: str, eager: bool) -> int:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import advice, checks, course, deepspeed_config, entries, timing
+from rlhfdsl.planning import advice, checks, course, deepspeed_config, entries, escape, timing
 from rlhfdsl.planning.batches import warmup_updates
 from rlhfdsl.planning.entries import Model, Wanted
 from rlhfdsl.planning.fit import Fit, Need, Placement, Rollout, fit, token_limit
@@ -119,10 +119,12 @@ def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -
         if offload is not None:
             offload = "params" if offload in ("params", "both") and zero in (3, None) else "off"
     ema = part.name == "actor" and part.group is not None and part.group["ema"] is not None
+    ours = escape.passed_on(part.group).get("zero_optimization", {})
     return Need(
         part.name, model.shape, model.count(part.head), part.head, model.dtype,
         model.entry["attention"] == "eager", part.trains, part.per_rank, part.sequences, part.length, zero,
-        offload, checkpointing, micro, ema,
+        offload, checkpointing, micro, ema, ours.get("reduce_bucket_size"),
+        ours.get("stage3_max_live_parameters", deepspeed_config.LIVE),
     )  # fmt: skip
 
 
@@ -140,6 +142,7 @@ def engine(
             "warmup": warmup_updates(warmup, updates or 0) if known else None, "updates": updates,
         }  # fmt: skip
         course.schedule(scope.problems, part.at, warmup, schedule)
+        escape.effects(scope.problems, group, placed)
         optimizer = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
     return {
         "role": part.role, "trains": part.trains, "weights": weights_of(scope.recipe, part.reference),
@@ -148,12 +151,12 @@ def engine(
         "gradient_checkpointing": placed.checkpointing, "zero": placed.zero, "offload": placed.offload,
         "micro": placed.micro, "accumulation": accumulation,
         "ema": group["ema"] if part.name == "actor" and group is not None else None, "schedule": schedule,
-        "deepspeed": deepspeed_config.config(
+        "deepspeed": escape.merge(deepspeed_config.config(
             dtype=model.dtype, zero=placed.zero, offload=placed.offload, device=target.device,
             world=target.world, micro=placed.micro, accumulation=accumulation, parameters=placed.need.count,
             trains=part.trains, optimizer=optimizer,
             grad_clip=group["grad_clip"] if part.trains and group is not None else 0.0,
-        ),
+        ), escape.passed_on(group)),
     }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from rlhfdsl.planning import memory
 from rlhfdsl.planning.catalog import Shape
-from rlhfdsl.planning.deepspeed_config import LIVE
 from rlhfdsl.planning.fit import Fit, Placement
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.rates import HOST_MEMORY, Rates
@@ -168,7 +167,7 @@ class _Clock:
         compute = rows * self.flops(prompt + answer / 2) / self.rates.matmul
         step = max(self.shape.layers * self.rates.decode, read / self.rates.copy, compute)
         step += rows * self.shape.vocab * memory.DRAW / self.rates.copy
-        if self.placed.zero == 3 and self.count > LIVE:
+        if self.placed.zero == 3 and self.count > self.placed.need.live:
             step += self.links(train=False)
         return rounds * (prefill + self.links(train=False) + answer * step)
 

@@ -56,6 +56,8 @@ CODES = {
     "E0317": "a path is written as a hub id",
     "E0318": "the actor of PPO has dropout",
     "E0319": "a text looks like an access token",
+    "E0320": "a key of DeepSpeed's configuration is one that the plan derives",
+    "E0321": "a key of DeepSpeed's configuration has no part in a run",
     # E04 duplicates
     "E0401": "two blocks, parameters or `let`s have one name",
     "E0402": "a recipe has more than one block of a kind that it takes once",
