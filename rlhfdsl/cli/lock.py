@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from rlhfdsl.cli.common import ERROR, OK
-from rlhfdsl.cli.planned import add_plan_options, make_plan
+from rlhfdsl.cli.common import ERROR, OK, fail
+from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline, make_plan
 from rlhfdsl.planning import lock
 
 HELP = "read data and tokenizers once, and keep what planning needs of them in rlhf.lock"
@@ -14,14 +14,24 @@ HELP = "read data and tokenizers once, and keep what planning needs of them in r
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a recipe")
     add_plan_options(parser)
+    add_lock_options(parser)
     parser.add_argument("--check", action="store_true", help="make nothing; exit 1 when something is missing")
+    parser.add_argument(
+        "--upgrade", action="store_true", help="read everything again; hub revisions move to what they are now"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    planned = make_plan(args, make_facts=not args.check)
+    if args.upgrade and (args.check or args.locked or args.frozen):
+        fail("--upgrade makes the lock anew, so it goes with none of --check, --locked and --frozen")
+    go_offline(args)
+    planned = make_plan(args, make_facts=not args.check, upgrade=args.upgrade)
     planned.show()
-    for name in planned.stale:
-        print(f"changed  {name}")
+    for change in planned.stale:
+        print(f"changed  {change.name}")
+    if not planned.made:
+        for difference in planned.other:
+            print(f"differs  {difference}")
     for address in planned.missing:
         print(f"missing  {address}")
     for address in planned.made:

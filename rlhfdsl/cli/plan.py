@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rlhfdsl.cli.common import ERROR, OK, fail
-from rlhfdsl.cli.planned import add_plan_options, make_plan
+from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline, make_plan
 from rlhfdsl.language import as_json
 
 HELP = "what a run would do: stages, updates, memory, data and files"
@@ -17,6 +17,7 @@ HELP = "what a run would do: stages, updates, memory, data and files"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a recipe")
     add_plan_options(parser)
+    add_lock_options(parser)
     parser.add_argument(
         "--no-lock", action="store_true", help="neither read nor write rlhf.lock: what needs it stays unknown"
     )
@@ -31,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    go_offline(args)
     planned = make_plan(args, use_lock=not args.no_lock, fit=args.fit)
     if planned.plan is None and args.format == "json":
         print(json.dumps(as_json(planned.diagnostics, planned.compilation.sources), indent=1))

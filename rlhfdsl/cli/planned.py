@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ class Planned:
     """A recipe as far as it could be planned: `plan` is None when `diagnostics` hold an error.
 
     made: addresses whose facts were made now. stale: files that changed since their facts were made.
+    other: what differs between the packages that made the lock and those here, as sentences.
     missing: addresses without facts, when none were to be made.
     """
 
@@ -29,7 +31,8 @@ class Planned:
     plan: Json | None
     diagnostics: tuple[Diagnostic, ...]
     made: list[str] = field(default_factory=list)
-    stale: list[str] = field(default_factory=list)
+    stale: list[lock.Change] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def show(self) -> None:
@@ -47,6 +50,21 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--gpus", type=_count, metavar="N", help="GPUs (on a CPU: processes) of each node")
     target.add_argument("--nodes", type=_count, metavar="N", help="nodes")
     target.add_argument("--price", type=_price, metavar="USD", help="of a GPU and hour, in place of the catalog's")
+
+
+def add_lock_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the commands that make or use rlhf.lock."""
+    options = parser.add_argument_group("lock", "default: what rlhf.lock lacks is made, what changed is made anew")
+    how = options.add_mutually_exclusive_group()
+    how.add_argument("--locked", action="store_true", help="refuse when a file changed or the lock lacks something")
+    how.add_argument("--frozen", action="store_true", help="take the lock as it is, without a look at files")
+    options.add_argument("--offline", action="store_true", help="use no network: the hub's files come from its cache")
+
+
+def go_offline(args: argparse.Namespace) -> None:
+    """Carry out --offline, for this process and those that it starts, before a library of the hub is imported."""
+    if args.offline:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def plan_recipe(args: argparse.Namespace) -> tuple[Recipe, Json]:
@@ -84,11 +102,17 @@ def read_plan(path: Path) -> Json:
 
 
 def make_plan(
-    args: argparse.Namespace, *, use_lock: bool = True, make_facts: bool = True, fit: bool = False
+    args: argparse.Namespace,
+    *,
+    use_lock: bool = True,
+    make_facts: bool = True,
+    fit: bool = False,
+    upgrade: bool = False,
 ) -> Planned:
     """Compile `args.file` for its target.
 
     use_lock: read rlhf.lock beside the recipe. make_facts: make what it lacks or what is stale, and write it.
+    upgrade: make every fact of this recipe anew, so that hub revisions move to what they are now.
     fit: lay the engines out the fastest way that fits, whatever is written.
     """
     compilation = compile_recipe(str(args.file), args)
@@ -109,16 +133,29 @@ def make_plan(
     except UserError as error:
         out.plan, out.diagnostics = None, (*compilation.diagnostics, error.diagnostic(None))
         return out
+    frozen, strict = getattr(args, "frozen", False), getattr(args, "locked", False)
+    out.other = lock.made_here(locked)
     # Stale facts go before they are planned with: what they say may be wrong by now.
-    out.stale = lock.drop_stale(locked, bare, path.parent)
+    out.stale = [] if frozen else lock.drop_stale(locked, bare, path.parent)
+    if upgrade:
+        lock.forget(locked, bare)
     plan, found = compile(recipe, locked, target, known=known, fit=fit)
     out.plan, out.diagnostics = plan, (*compilation.diagnostics, *found)
     if plan is None:
         return out
     edges, models = lock.missing(plan)
     out.missing = [address for address, _ in (*models, *edges)]
+    if frozen or strict:
+        for difference in out.other:
+            say(f"{lock.NAME} was made by other versions: {difference}")
+        refusal = lock.refusal(out.stale, out.missing)
+        if refusal is not None:
+            out.plan, out.diagnostics = None, (*out.diagnostics, refusal.diagnostic(recipe))
+        return out
     if not out.missing or not make_facts:
         return out
+    for change in out.stale:
+        say(f"{change}; it is read again")
     try:
         out.made = _make(plan, locked, path)
     except UserError as error:
@@ -172,7 +209,8 @@ def _make(plan: Json, locked: Json, path: Path) -> list[str]:
     try:
         for address, entry in models:
             _tell(address)
-            locked["models"][entry["key"]] = model_facts(entry, base, address)
+            # The edges below read the tokenizer of the commit that is pinned here.
+            entry["facts"] = locked["models"][entry["key"]] = model_facts(entry, base, address)
             made.append(address)
         for address, edge in edges:
             _tell(address)
@@ -180,6 +218,7 @@ def _make(plan: Json, locked: Json, path: Path) -> list[str]:
             made.append(address)
     finally:
         if made:
+            lock.stamp(locked)
             lock.write(path, locked)
     return made
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.cli.common import fail, show_user_error
-from rlhfdsl.cli.planned import add_plan_options, plan_recipe, read_plan
+from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline, plan_recipe, read_plan
 from rlhfdsl.language import Recipe
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning.validate import validate_plan
@@ -19,10 +19,12 @@ HELP = "run a recipe or a saved plan; finished stages are not run again"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a recipe (.rlhf) or a plan (.json)")
     add_plan_options(parser)
+    add_lock_options(parser)
     parser.add_argument("--base", type=Path, help="folder of a saved plan's inputs (default: its own)")
 
 
 def run(args: argparse.Namespace) -> int:
+    go_offline(args)
     recipe: Recipe | None = None
     base = args.file.parent
     if args.file.suffix == ".json":

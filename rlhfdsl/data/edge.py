@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rlhfdsl.data.formats import READS, Row, parse
 from rlhfdsl.data.render import DROPPED, Item, Renderer
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.tokenizers import generation_settings, stop_ids
+from rlhfdsl.planning.lock import pinned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,6 +136,20 @@ class Rows(Sequence[Any]):
             files |= sources.files(entry, self._base)
         return describe(self, files)
 
+    @cached_property
+    def content(self) -> str:
+        """`sha256:…` of every token, its loss mask and the order of rows: equal hashes make equal batches."""
+        digest = hashlib.sha256()
+        numbers = {address: number for number, address in enumerate(sorted(self.stores))}
+        for address in numbers:
+            store = self.stores[address]
+            for part in (store.ends, store.ids, store.loss):
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(memoryview(part).cast("B"))
+        for source, row in self.picks:
+            digest.update(row.to_bytes(8, "little") + numbers[source].to_bytes(4, "little"))
+        return "sha256:" + digest.hexdigest()
+
 
 def load_edge(
     plan: Mapping[str, Any], edge: Mapping[str, Any], base: Path, tokenizer: PreTrainedTokenizerBase
@@ -160,8 +176,9 @@ def load_edge(
         shares = overrides.get(edge["part"]) or overrides[""]
     shares = {address: share for address, share in shares.items() if share > 0}
     split = blend["split"] if blend is not None else None
+    entries = {address: _pinned(plan["data"][address], edge) for address in shares}
     stores = {
-        address: _read(plan["data"][address], address, edge, split, base, renderer) for address in shares
+        address: _read(entries[address], address, edge, split, base, renderer) for address in shares
     }
     _check(edge, stores)
     if len(stores) == 1:
@@ -172,8 +189,23 @@ def load_edge(
         picks = mix(pools, shares, blend["by"], blend["until"])
     if not picks:
         raise _nothing(edge, stores, codes.NOTHING_LEFT, "the shares leave no whole row")
-    entries = [plan["data"][address] for address in stores]
-    return Rows(edge["read"], stores, picks, tokenizer, entries, base)
+    rows = Rows(edge["read"], stores, picks, tokenizer, list(entries.values()), base)
+    locked = (edge.get("facts") or {}).get("content")
+    if locked is not None and rows.content != locked:
+        raise UserError(
+            codes.OTHER_ROWS,
+            f"the tokens of {edge['source']} are not those that were locked: {locked} then, {rows.content} now",
+            at=edge["source"],
+            place=", ".join(store.name for store in stores.values()),
+            help="another version of tokenizers, transformers or datasets renders them otherwise; rlhf.lock lists the "
+            "versions it was made with. `rlhf lock --upgrade FILE` takes what is read now",
+        )
+    return rows
+
+
+def _pinned(entry: Mapping[str, Any], edge: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A `data` entry with the commit that the edge's facts hold its repository to."""
+    return {**entry, "from": pinned(entry["from"], edge.get("facts"))}
 
 
 def _read(

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhfdsl.data.edge import Example, Pair, Prompt, Rows, load_edge
 from rlhfdsl.data.render import DROPPED
+from rlhfdsl.data.sources import pin_data
 from rlhfdsl.models.tokenizers import load_tokenizer
 
 _SAMPLE = 400  # characters of a piece of the sample
@@ -18,7 +19,15 @@ _SAMPLE = 400  # characters of a piece of the sample
 def edge_facts(plan: Mapping[str, Any], edge: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """EDGEFACTS of an edge of the plan, with paths relative to `base`. Raises what `load_edge` raises."""
     tokenizer = load_tokenizer(plan["models"][edge["model"]], base, edge["model"])
-    return load_edge(plan, edge, base, tokenizer).facts
+    blend = plan["blends"].get(edge["source"])
+    addresses = {edge["source"]} if blend is None else {name for mix in blend["mix"].values() for name in mix}
+    hub = {}
+    for address in sorted(addresses):
+        source = plan["data"][address]["from"]
+        if "hub" in source and source["hub"] not in hub:
+            hub[source["hub"]] = pin_data(address, source)
+    facts = load_edge(plan, {**edge, "facts": {"hub": hub}}, base, tokenizer).facts
+    return {**facts, "hub": hub} if hub else facts
 
 
 def describe(rows: Rows, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -47,6 +56,7 @@ def describe(rows: Rows, files: Mapping[str, Mapping[str, Any]]) -> dict[str, An
             **{f"p{p}": _percentile(lengths, p) for p in (50, 90, 99)},
         },
         "sample": _sample(rows),
+        "content": rows.content,
         "files": {name: dict(pins) for name, pins in sorted(files.items())},
     }
 

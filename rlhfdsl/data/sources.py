@@ -350,24 +350,38 @@ def _hub(address: str, entry: Mapping[str, Any]) -> Source:
     try:
         data = datasets.load_dataset(name, subset, split=split, revision=entry["from"].get("revision"))
     except Exception as error:  # what is wrong comes from datasets, huggingface_hub and the HTTP client alike
-        if _unreachable(error):
-            raise UserError(
-                codes.HUB_UNREACHABLE,
-                f"`{name}` is not in the cache, and the Hugging Face hub cannot be reached",
-                at=f"{address}.from",
-                place=name,
-                help="run `rlhf lock` once with a network (HF_HUB_OFFLINE unset), or save the data set with "
-                'save_to_disk and name the directory: from = "./…"',
-            ) from error
-        raise UserError(
-            codes.HUB_DATA,
-            f"`{name}` cannot be read as it is asked for (subset {subset or 'default'}, split {split}): "
-            f"{first_line(error)}",
-            at=f"{address}.from",
-            place=name,
-            help="check name, subset, split and revision on the hub; a gated data set needs `hf auth login`",
-        ) from error
+        raise _hub_error(address, name, f" (subset {subset or 'default'}, split {split})", error) from error
     return _arrow(address, name, data)
+
+
+def pin_data(address: str, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The commit and the files of a data set of the hub (`pin_repo`). Raises UserError when it cannot be had."""
+    from rlhfdsl.models.hub import pin_repo
+
+    try:
+        return pin_repo(source["hub"], "dataset", source.get("revision"))
+    except Exception as error:  # network, authentication and missing repositories have no common base
+        raise _hub_error(address, source["hub"], "", error) from error
+
+
+def _hub_error(address: str, name: str, asked: str, error: Exception) -> UserError:
+    at = f"{address}.from"
+    if _unreachable(error):
+        return UserError(
+            codes.HUB_UNREACHABLE,
+            f"`{name}` is not in the cache, and the Hugging Face hub cannot be reached",
+            at=at,
+            place=name,
+            help="run `rlhf lock` once with a network (HF_HUB_OFFLINE unset), or save the data set with "
+            'save_to_disk and name the directory: from = "./…"',
+        )
+    return UserError(
+        codes.HUB_DATA,
+        f"`{name}` cannot be read as it is asked for{asked}: {first_line(error)}",
+        at=at,
+        place=name,
+        help="check name, subset, split and revision on the hub; a gated data set needs `hf auth login`",
+    )
 
 
 def _unreachable(error: BaseException | None) -> bool:

@@ -39,9 +39,10 @@ def load_model(engine: dict, source: str, *, revision: str | None, seed: int) ->
     scalar = engine["head"] == "scalar"
     automodel = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     options = {"attn_implementation": engine["attention"], "dtype": DTYPES[engine["dtype"]], "revision": revision}
+    options |= {"trust_remote_code": False, "use_safetensors": True}  # neither code nor pickles of a repository run
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             for name in _DROPOUT:
                 if isinstance(getattr(config, name, None), float | int):
                     setattr(config, name, engine["dropout"])

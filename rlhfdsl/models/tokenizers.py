@@ -104,7 +104,7 @@ def load_tokenizer(
     if entry["tokenizer"] == "bytes":
         tokenizer = byte_tokenizer()
     else:
-        source, options, named = _located(entry["tokenizer"] or entry["from"], base)
+        source, options, named = _located(_pinned(entry, "tokenizer"), base)
         at = _at(address, "tokenizer" if entry["tokenizer"] else "from")
         if named and not Path(source).is_dir():
             raise _no_directory(named, Path(source), at)
@@ -123,7 +123,7 @@ def _read_tokenizer(source: str, options: dict, named: str | None, at: str | Non
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(source, **options)
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the library raises many kinds for a broken or missing file
         if not named:
             raise _hub_model(source, at, error) from error
@@ -160,7 +160,7 @@ def generation_settings(entry: Mapping[str, Any], base: Path, address: str | Non
     """The generation_config.json of a model of the plan; empty when it has none."""
     if entry["from"] is None:
         return {}
-    source, options, named = _located(entry["from"], base)
+    source, options, named = _located(_pinned(entry, "from"), base)
     if named:
         path = Path(source) / "generation_config.json"
         return _read_json(path, f"{named}/{path.name}", _at(address, "from")) if path.is_file() else {}
@@ -216,6 +216,9 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
     configuration, weights header or tokenizer.
     """
     files: dict[str, dict[str, Any]] = {}
+    hub = _hub_pins(entry, address)
+    # All that follows is read of the commits that the pins name.
+    entry = {**entry, "facts": {"hub": hub}}
     if entry["from"] is None:
         arch = entry["arch"]
         names = ("type", "layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "context", "tied")
@@ -224,7 +227,7 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
         numbers["parameters"] = None if shape is None else catalog.parameters(shape)
         setting = "vocab"
     else:
-        source, options, named = _located(entry["from"], base)
+        source, options, named = _located(_pinned(entry, "from"), base)
         if named:
             at = _at(address, "from")
             config = _local_config(Path(source), named, at)
@@ -233,6 +236,15 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
             others = (Path(source) / name for name in ("config.json", "generation_config.json"))
             files |= pin(named, Path(source), [*others, *weights])
         else:
+            if not any(name.endswith(".safetensors") for name in hub[source]["files"]):
+                raise UserError(
+                    codes.ONLY_BIN,
+                    f"`{source}` has no weights in safetensors form",
+                    at=_at(address, "from"),
+                    place=source,
+                    help="only safetensors are loaded, since a .bin file can run code; convert it once with "
+                    'transformers\' save_pretrained and name the directory: from = "./…"',
+                )
             config = _hub_config(source, options, _at(address, "from"))
             tensors = _hub_headers(source, options)
         numbers = _numbers(config, named or source, _at(address, "from"))
@@ -263,7 +275,27 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
         "stop_ids": stops,
         "pad_is_eos": pad is not None and pad in stops,
         "files": dict(sorted(files.items())),
-    }
+    } | ({"hub": hub} if hub else {})
+
+
+def _hub_pins(entry: Mapping[str, Any], address: str | None) -> dict[str, Any]:
+    """The pins of the hub repositories that a model and its tokenizer come from, by their names."""
+    from rlhfdsl.models.hub import pin_repo
+
+    pins = {}
+    for setting in ("from", "tokenizer"):
+        source = entry[setting]
+        if isinstance(source, Mapping) and "hub" in source and source["hub"] not in pins:
+            try:
+                pins[source["hub"]] = pin_repo(source["hub"], "model", source.get("revision"))
+            except Exception as error:  # network, authentication and missing repositories have no common base
+                raise _hub_model(source["hub"], _at(address, setting), error) from error
+    return pins
+
+
+def _pinned(entry: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """The source of a model or its tokenizer, with the commit that the lock holds it to."""
+    return lock.pinned(entry[setting] or entry["from"], entry.get("facts"))
 
 
 def pin(named: str, root: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -330,7 +362,7 @@ def _local_config(directory: Path, named: str, at: str | None) -> PretrainedConf
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a wrong type of value surfaces as whatever the family's code raises
         kind = raw.get("model_type")
         raise UserError(
@@ -421,7 +453,7 @@ def _hub_config(source: str, options: dict, at: str | None) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source, **options)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # network, authentication and parsing errors have no common base
         raise _hub_model(source, at, error) from error
 

@@ -7,7 +7,6 @@ in it, so a folder without the suffix is always whole. A complete stage whose ke
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.planning.lock import packages
 from rlhfdsl.running import launcher
+from rlhfdsl.running.inputs import verify_inputs
 from rlhfdsl.running.metrics import MetricsFollower
 from rlhfdsl.running.worker import PARTIAL
 
 POLL_SECONDS = 0.2
-PACKAGES = ("rlhfdsl", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
 
 Event = dict[str, Any]
 Show = Callable[[dict[str, Any], Event], None]
@@ -96,6 +96,7 @@ def _finished(stage: dict[str, Any], key: str) -> dict[str, Any] | None:
 def _run(
     plan: dict[str, Any], plan_path: Path, stage: dict[str, Any], base: Path, key: str, show: Show
 ) -> dict[str, Any]:
+    verify_inputs(plan, stage, base)
     partial = Path(stage["output"] + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -152,10 +153,4 @@ def _failure(stage: dict[str, Any], partial: Path, code: int) -> UserError:
 
 def _record(plan: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on beside its key, for comparing runs."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {"versions": versions, "python": platform.python_version(), "target": plan["target"]}
+    return {"versions": packages(), "python": platform.python_version(), "target": plan["target"]}

@@ -16,6 +16,7 @@ from rlhfdsl.engines import distributed
 from rlhfdsl.engines.engine import Engine
 from rlhfdsl.models.loading import load_model, make_scratch, partitioned
 from rlhfdsl.models.tokenizers import generation_settings, load_tokenizer, stop_ids
+from rlhfdsl.planning.lock import pinned
 
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
 Report = Callable[..., None]
@@ -97,7 +98,7 @@ class Context:
             return str(self._scratch(address, entry)), None
         if "path" in entry["from"]:
             return str(self.base / entry["from"]["path"]), None
-        return entry["from"]["hub"], entry["from"]["revision"]
+        return entry["from"]["hub"], pinned(entry["from"], entry["facts"])["revision"]
 
     def _scratch(self, address: str, entry: dict[str, Any]) -> Path:
         """The directory of a model from scratch, made by the first stage that needs it."""

@@ -12,32 +12,17 @@ from pathlib import Path
 import pytest
 from command import rlhf
 
+from recipes import RECIPE, small
 from rlhfdsl.planning.validate import validate_lock, validate_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "datasets", "deepspeed", "jsonschema", "rich", "numpy", "tokenizers")
-RECIPE = """recipe "small" { seed = 3 }
-model tiny { arch = llama, layers = 2, hidden = 32, heads = 4, dtype = fp32 }
-data pairs { from = "./pairs.jsonl", format = preference }
-blend chat {
-  mix { pairs = 100% }
-  split { sft = 50%, eval = 50% }
-}
-stage sft {
-  model = model.tiny, data = blend.chat, eval = blend.chat.eval
-  batch = 4, length = 96, lr = 1e-3
-}
-"""
 
 
 @pytest.fixture
 def recipe(tmp_path):
     """A recipe with 40 pairs beside it."""
-    rows = ({"prompt": f"What is {n} + 1?", "chosen": f"{n + 1}", "rejected": "No."} for n in range(40))
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = tmp_path / "small.rlhf"
-    path.write_text(RECIPE)
-    return path
+    return small(tmp_path)
 
 
 def test_plan_makes_the_lock(capsys, recipe):

@@ -43,6 +43,7 @@ def test_facts_by_hand(folder):
     path = folder.write("own.jsonl", [*HH, {"chosen": HH[0]["chosen"], "rejected": HH[0]["chosen"]}])
     folder.data("data.own", "own.jsonl", "preference", turns="hh")
     facts = folder.facts("data.own", "preference", length=29)
+    assert facts.pop("content") == folder.facts("data.own", "preference", length=29)["content"]
     assert facts == {
         "rows": 11,
         "used": 10,
@@ -63,6 +64,18 @@ def test_facts_by_hand(folder):
             }
         },
     }
+
+
+def test_the_content_of_an_edge_is_its_tokens_masks_and_order(folder):
+    path = folder.write("own.jsonl", HH)
+    folder.data("data.own", "own.jsonl", "preference", turns="hh")
+    first = folder.facts("data.own", "preference", length=29)["content"]
+    assert first != folder.facts("data.own", "preference", length=28)["content"]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    assert first != folder.facts("data.own", "preference", length=29)["content"]
+    path.write_text("\n".join(lines))  # other bytes, the same rows
+    assert first == folder.facts("data.own", "preference", length=29)["content"]
 
 
 def test_facts_of_a_blend_count_repeats(folder):

@@ -1,5 +1,6 @@
 """The lock file: canonical, refused when it is none, stale when a file changed."""
 
+import hashlib
 import json
 
 import pytest
@@ -44,33 +45,71 @@ def test_unusable(tmp_path, text, message):
     assert error.value.code == "E0720"
 
 
-def test_stale(tmp_path):
+HELLO = {"bytes": 5, "sha256": "sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"}
+
+
+def test_changes(tmp_path):
     file = tmp_path / "data" / "a.jsonl"
     file.parent.mkdir()
     file.write_bytes(b"hello")
-    # sha256 of "hello"
-    digest = "sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    facts = edge_facts(1) | {"files": {"data/a.jsonl": {"bytes": 5, "sha256": digest}}}
-    assert lock.stale(facts, tmp_path) == []
+    facts = edge_facts(1) | {"files": {"data/a.jsonl": HELLO}}
+    assert lock.changes(facts, tmp_path) == []
     file.write_bytes(b"hullo")
-    assert lock.stale(facts, tmp_path) == ["data/a.jsonl"]
+    (change,) = lock.changes(facts, tmp_path)
+    # both hashes, in full
+    assert str(change) == (
+        f"`data/a.jsonl` changed since it was locked: 5 bytes, {HELLO['sha256']} then, 5 bytes, "
+        f"sha256:{hashlib.sha256(b'hullo').hexdigest()} now"
+    )
     file.unlink()
-    assert lock.stale(facts, tmp_path) == ["data/a.jsonl"]
+    (change,) = lock.changes(facts, tmp_path)
+    assert str(change).startswith("`data/a.jsonl` is gone since it was locked (5 bytes, sha256:2cf2")
 
 
-def test_large_files_are_pinned_by_their_ends(tmp_path):
+def test_a_plan_reads_the_ends_of_a_large_file_and_a_run_all_of_it(tmp_path):
     """A plan looks at every pin, and the weights of a 13B model take half a minute to hash."""
     file = tmp_path / "model.safetensors"
     with file.open("wb") as out:
         out.write(b"header")
         out.truncate(lock.WHOLE + 1)
     pinned = lock.pin(file)
-    assert pinned["bytes"] == lock.WHOLE + 1 and set(pinned) == {"bytes", "ends"}
+    assert pinned["bytes"] == lock.WHOLE + 1 and set(pinned) == {"bytes", "sha256", "ends"}
     facts = {"files": {file.name: pinned}}
-    assert lock.stale(facts, tmp_path) == []
+    assert lock.changes(facts, tmp_path) == lock.changes(facts, tmp_path, whole=True) == []
+    with file.open("r+b") as out:
+        out.seek(lock.WHOLE // 2)
+        out.write(b"other weights")
+    assert lock.changes(facts, tmp_path) == []
+    seen = {}
+    lock.changes(facts, tmp_path, seen)
+    (change,) = lock.changes(facts, tmp_path, seen, whole=True)
+    assert change.name == file.name and pinned["sha256"] in str(change)
     with file.open("r+b") as out:
         out.write(b"HEADER")
-    assert lock.stale(facts, tmp_path) == [file.name]
+    (change,) = lock.changes(facts, tmp_path)
+    assert "of its ends" in str(change)
+
+
+def test_facts_of_another_semantics_are_none(tmp_path):
+    path = tmp_path / lock.NAME
+    value = lock.empty() | {"edges": {"sha256:" + "0" * 64: edge_facts(1)}}
+    lock.stamp(value)
+    validate_lock(value)
+    lock.write(path, value)
+    assert lock.read(path)["edges"] and lock.made_here(value) == []
+    value["code"]["semantics"] += 1
+    value["code"]["packages"]["torch"] = "1.0"
+    lock.write(path, value)
+    assert lock.read(path)["edges"] == {}
+    other = lock.made_here(value)
+    assert other[0].startswith("semantics 2 then") and other[1].startswith("torch 1.0 then")
+
+
+def test_a_source_is_held_to_its_locked_commit():
+    facts = {"hub": {"org/m": {"revision": "c" * 40, "files": {}}}}
+    assert lock.pinned({"hub": "org/m", "revision": "main"}, facts) == {"hub": "org/m", "revision": "c" * 40}
+    assert lock.pinned({"hub": "org/n", "revision": None}, facts) == {"hub": "org/n", "revision": None}
+    assert lock.pinned({"path": "m"}, None) == {"path": "m"}
 
 
 def test_missing_and_drop_stale(shop):
@@ -85,7 +124,7 @@ def test_missing_and_drop_stale(shop):
     assert lock.missing(plan) == ([], [])
     gone = {"files": {"pairs.jsonl": {"bytes": 1, "sha256": "sha256:00"}}}
     shop.lock["edges"][edges[0][1]["key"]] |= gone
-    assert lock.drop_stale(shop.lock, shop.plan(PIPELINE), shop.folder) == ["pairs.jsonl"]
+    assert [c.name for c in lock.drop_stale(shop.lock, shop.plan(PIPELINE), shop.folder)] == ["pairs.jsonl"]
     assert [a for a, _ in lock.missing(shop.plan(PIPELINE))[0]] == ["stage.sft.train"]
 
 

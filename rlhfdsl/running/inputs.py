@@ -1,0 +1,44 @@
+"""What a stage reads, against the lock, right before it is read: local files and files of the hub, from end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.planning import lock
+
+Json = Mapping[str, Any]
+
+
+def verify_inputs(plan: Json, stage: Json, base: Path) -> None:
+    """Raise UserError for the first file of a stage's data and models that is not the one in the plan's facts.
+
+    base: the folder that the plan's input paths are relative to. A plan without facts asks for nothing.
+    """
+    seen: dict[Path, lock.Facts] = {}
+    for at, facts in _facts(plan, stage):
+        for change in lock.changes(dict(facts), base, seen, whole=True):
+            help = "put the locked file back, or plan again: the plan's counts are those of the locked one"
+            raise UserError("E0725", str(change), at=at, place=str(base / change.name), help=help)
+        for name, pins in (facts.get("hub") or {}).items():
+            if at.startswith("model."):
+                from rlhfdsl.models.hub import verify_model
+
+                verify_model(name, pins, at)
+
+
+def _facts(plan: Json, stage: Json) -> Iterator[tuple[str, Json]]:
+    """The facts of a stage's edges and models, with the address of what each is about."""
+    models: dict[str, None] = {}
+    for edge in stage["edges"].values():
+        if edge is not None:
+            models[edge["model"]] = None
+            if edge["facts"] is not None:
+                yield edge["source"], edge["facts"]
+    models |= dict.fromkeys(engine["base"] for engine in stage["engines"].values())
+    for address in models:
+        facts = plan["models"][address]["facts"]
+        if facts is not None:
+            yield address, facts
