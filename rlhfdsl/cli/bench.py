@@ -1,4 +1,5 @@
-"""`rlhf bench`: measure this machine into a profile that `rlhf plan --gpu PROFILE.json` plans with."""
+"""`rlhf bench`: measure this machine into a profile that `rlhf plan --gpu PROFILE.json` plans with; `rlhf bench truth`
+sets predictions beside measurements (truth.py)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhfdsl.cli import truth
 from rlhfdsl.cli.common import OK, fail, say
 from rlhfdsl.planning import hardware
 from rlhfdsl.planning.rates import KIND
@@ -24,13 +26,18 @@ LAYERS = 6
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write the profile (.json)")
+    about = "machine (default): its rates; truth: what plans predict beside what is measured"
+    parser.add_argument("what", nargs="?", choices=("machine", "truth"), default="machine", help=about)
+    parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write the profile (.json) or table (.md)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--ranks", type=int, metavar="N", help="measure an all-reduce over N processes (default: GPUs)")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    truth.configure(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.what == "truth":
+        return truth.run(args)
     if args.output is not None and not hardware.is_profile(args.output.name):
         fail(f"-o takes a name that ends in .json; `{args.output}` does not")
     import torch

@@ -84,7 +84,7 @@ def _leave_error(directory: Path, error: Exception) -> None:
     path = directory / "error.json"
     if isinstance(error, UserError):
         found = {"code": error.code, "message": error.message, "at": error.at, "place": error.place, "help": error.help}
-    elif _out_of_memory(error):
+    elif out_of_memory(error):
         found = {
             "code": "E0790", "at": None, "place": None,
             "message": "the device ran out of memory: " + first_line(error),
@@ -100,7 +100,7 @@ def _leave_error(directory: Path, error: Exception) -> None:
         pass
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)

@@ -1,0 +1,278 @@
+"""`rlhf bench truth`: what plans predict beside what this device does, over a grid of small runs.
+
+A configuration is a recipe of one stage: models of real shapes with random weights made on the device (nothing is
+downloaded), rows that fill their length, a few updates in a process of its own. One that runs out of memory is a row
+that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhfdsl.cli.common import OK, fail, say
+from rlhfdsl.cli.planned import make_plan
+from rlhfdsl.language import schema
+from rlhfdsl.planning import catalog, hardware, measured
+
+Json = dict[str, Any]
+PATIENCE = 5  # a process may take so many times its box, for its imports and its models
+_WORDS = ("sun", "moon", "river", "stone", "green", "field", "seven", "never", "under", "house", "light", "water")
+_SHAPES = {
+    "125m": "facebook/opt-125m", "0.5b": "Qwen/Qwen2.5-0.5B", "1b": "meta-llama/Llama-3.2-1B",
+    "1.3b": "facebook/opt-1.3b", "1.5b": "Qwen/Qwen2.5-1.5B", "2.7b": "facebook/opt-2.7b",
+    "3b": "meta-llama/Llama-3.2-3B", "6.7b": "facebook/opt-6.7b", "7b": "Qwen/Qwen2.5-7B",
+    "8b": "meta-llama/Llama-3.1-8B", "13b": "facebook/opt-13b",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One configuration. other: the shape of critic and reward model. batch: of an update, `prompts` of a rollout."""
+
+    stage: str
+    model: str
+    other: str = ""
+    zero: int = 1
+    checkpointing: bool = False
+    lora: int = 0
+    offload: str = "off"
+    batch: int = 32
+    micro: int = 8
+    length: int = 512
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        words = [self.stage, self.model + (f"+{self.other}" if self.other else ""), f"zero{self.zero}"]
+        words += [f"offload-{self.offload}"] if self.offload != "off" else []
+        words += ["ckpt"] if self.checkpointing else []
+        words += [f"lora{self.lora}"] if self.lora else []
+        return "-".join(words)
+
+
+_SFT, _REWARD, _PPO = Case("sft", "125m"), Case("reward", "125m", batch=16, micro=4), Case("ppo", "125m", "125m")
+GRID = (
+    replace(_SFT, micro=16, batch=64),
+    replace(_SFT, model="0.5b"),
+    replace(_SFT, model="1.3b"),
+    replace(_SFT, model="1.3b", checkpointing=True),
+    replace(_SFT, model="1.3b", zero=2),
+    replace(_SFT, model="1.3b", zero=3),
+    replace(_SFT, model="1b", checkpointing=True, micro=16),
+    replace(_SFT, model="2.7b", checkpointing=True, batch=16),
+    replace(_SFT, model="3b", checkpointing=True, batch=16),
+    replace(_SFT, model="3b", lora=16, batch=16),
+    replace(_SFT, model="6.7b", lora=16, checkpointing=True, batch=16),
+    replace(_SFT, model="8b", lora=16, checkpointing=True, batch=16, micro=4),
+    replace(_SFT, model="13b", lora=16, checkpointing=True, batch=16, micro=4),
+    replace(_SFT, model="1.3b", zero=2, offload="optimizer", checkpointing=True, batch=16),
+    replace(_REWARD, micro=8),
+    replace(_REWARD, model="1.3b"),
+    replace(_REWARD, model="1.3b", checkpointing=True),
+    replace(_REWARD, model="1.5b", checkpointing=True),
+    replace(_REWARD, model="7b", lora=16, checkpointing=True, batch=8, micro=2),
+    _PPO,
+    replace(_PPO, model="1.3b"),
+    replace(_PPO, model="1.3b", checkpointing=True),
+    replace(_PPO, model="1.3b", zero=3),
+    replace(_PPO, model="1.3b", other="1.3b", checkpointing=True),
+    replace(_PPO, model="6.7b", lora=16, checkpointing=True, micro=4),
+)  # fmt: skip
+TINY = (
+    Case("sft", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
+    Case("reward", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
+    Case("ppo", "tiny", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The arguments that only `rlhf bench truth` has."""
+    truth = parser.add_argument_group("truth")
+    truth.add_argument("--only", nargs="+", metavar="WORD", help="configurations whose names hold one of these words")
+    truth.add_argument("--list", action="store_true", help="name the configurations")
+    truth.add_argument("--seconds", type=float, default=20.0, metavar="S", help="for each (default: 20)")
+    truth.add_argument("--updates", type=int, default=5, metavar="N", help="of each at most (default: 5)")
+    truth.add_argument("--gpu", metavar="NAME", help="plan with the rates of this GPU or profile (default: detected)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure the grid and print the table; `-o FILE` has it after each row, with FILE's .json beside it."""
+    device = args.device or hardware.detect().device
+    cases = [case for case in (TINY if device == "cpu" else GRID) if not args.only or _named(case, args.only)]
+    if not cases:
+        fail("no configuration has such a name; `rlhf bench truth --list` names them")
+    if args.list:
+        print("\n".join(case.name for case in cases))
+        return OK
+    results: list[Json] = []
+    for number, case in enumerate(cases, 1):
+        say(f"{number} of {len(cases)}: {case.name}")
+        found = measure(case, device, args)
+        results.append(found)
+        say(f"   {told(found)}")
+        if args.output is not None:
+            args.output.write_text(table(results), encoding="utf-8")
+            args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=1) if args.format == "json" else table(results), end="")
+    return OK
+
+
+def _named(case: Case, words: list[str]) -> bool:
+    return any(word in case.name for word in words)
+
+
+def measure(case: Case, device: str, args: argparse.Namespace) -> Json:
+    """A configuration planned, run and compared: {"name", "error"} or also {"plan", "measured", "rows"}."""
+    if case.lora and "lora" not in schema.definition("stage.sft").blocks:
+        return {"name": case.name, "error": "the language has no `lora` block"}
+    with tempfile.TemporaryDirectory(prefix="rlhf-truth-") as name:
+        folder = Path(name)
+        (folder / "truth.rlhf").write_text(recipe(case), encoding="utf-8")
+        (folder / "rows.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows(case, case.batch * (args.updates + 1))), encoding="utf-8"
+        )
+        options = {"param": [], "profile": None, "sets": [], "gpus": 1, "nodes": None, "price": None}
+        gpu = args.gpu or ("cpu" if device == "cpu" else None)
+        planned = make_plan(argparse.Namespace(file=folder / "truth.rlhf", gpu=gpu, **options))
+        if planned.plan is None:
+            first = next(d for d in planned.diagnostics if d.severity == "error")
+            return {"name": case.name, "error": f"not planned: {first.message}"}
+        (folder / "plan.json").write_text(json.dumps(planned.plan), encoding="utf-8")
+        (stage,) = planned.plan["stages"]
+        found = _child(folder, stage["address"], args)
+    if "error" in found:
+        return {"name": case.name, "error": found["error"], "predicted": stage["memory"]["peak"]}
+    what = measured.Measured(found["peak"], found["peaks"], found["seconds"])
+    compared = [[row.phase, row.unit, row.predicted, row.measured] for row in measured.rows(stage, what)]
+    planned_as = {"memory": stage["memory"], "time": stage["time"], "target": planned.plan["target"]}
+    return {"name": case.name, "plan": planned_as, "measured": found, "rows": compared}
+
+
+def _child(folder: Path, stage: str, args: argparse.Namespace) -> Json:
+    """What one process measured, or {"error": why not}; one that hangs is ended."""
+    command = [sys.executable, "-m", "rlhfdsl.running.truth", "--plan", str(folder / "plan.json"), "--stage", stage]
+    command += ["--updates", str(args.updates), "--seconds", str(args.seconds)]
+    limit = 60 + PATIENCE * args.seconds
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {limit:.0f} s"}
+    try:
+        found: Json = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    except OSError:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"error": f"exit {done.returncode}: {last[:200]}"}
+    if "error" in found and found["error"] != "out of memory":
+        say(done.stderr[-2000:])
+    return found
+
+
+# ---- a configuration as a recipe
+
+
+def recipe(case: Case) -> str:
+    """The recipe of a configuration."""
+    parallel = f"zero = {case.zero}, micro = {case.micro}"
+    parallel += f", gradient_checkpointing = {'on' if case.checkpointing else 'off'}, offload = {case.offload}"
+    if case.dtype == "fp32":
+        parallel = f"micro = {case.micro}"
+    lora = f", lora {{ rank = {case.lora} }}" if case.lora else ""
+    engine = f"lr = 1e-6, parallel = parallel.p{lora}"
+    out = f'recipe "truth" {{ output = "truth" }}\nparallel p {{ {parallel} }}\n'
+    out += f'data rows {{ from = "./rows.jsonl", format = {_FORMATS[case.stage]} }}\n'
+    out += _model("base", case, case.model)
+    if case.stage != "ppo":
+        loss = ", loss = all" if case.stage == "sft" else ""
+        return out + (
+            f"stage {case.stage} {{ model = model.base, data = data.rows, epochs = 1, batch = {case.batch}"
+            f", length = {case.length}{loss}, {engine} }}\n"
+        )
+    half = case.length // 2
+    return (
+        out + _model("judge", case, case.other, ", head = scalar") + "stage ppo {\n  data = data.rows\n"
+        f"  actor {{ model = model.base, {engine} }}\n"
+        f"  critic {{ model = model.judge, lr = 1e-6, parallel = parallel.p }}\n"
+        f"  reward {{ model = model.judge }}\n"
+        f"  rollout {{ batch = {case.batch}, prompt = {half}, answer = {half} }}\n"
+        f"  update {{ minibatch = {case.batch} }}\n  kl {{ coef = 0.05 }}\n}}\n"
+    )
+
+
+_FORMATS = {"sft": "text", "reward": "preference", "ppo": "prompt"}
+
+
+def _model(name: str, case: Case, shape: str, more: str = "") -> str:
+    """A model block with the numbers of a model of the catalog, and the byte tokenizer."""
+    if shape == "tiny":
+        numbers: Json = {"type": "llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 4, "intermediate": 64}
+        numbers |= {"vocab": 512, "context": 512, "tied": True}
+    else:
+        found = catalog.lookup(_SHAPES[shape])
+        assert found is not None
+        numbers = found
+    names = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "context")
+    said = ", ".join(f"{key} = {numbers[key]}" for key in names)
+    tied = "on" if numbers["tied"] else "off"
+    return f"model {name} {{ arch = {numbers['type']}, {said}, tied = {tied}, dtype = {case.dtype}{more} }}\n"
+
+
+def rows(case: Case, count: int) -> Iterator[Json]:
+    """Rows of English words that fill the length of a stage: a byte is a token of the byte tokenizer."""
+    draw = random.Random(7)
+
+    def words(size: int) -> str:
+        text = ""
+        while len(text) < size:
+            text += draw.choice(_WORDS) + " "
+        return text[:size].rstrip().ljust(size, "s")
+
+    turns = len("\n\nHuman: \n\nAssistant: ") + 2  # and the first and the last token
+    for _ in range(count):
+        if case.stage == "sft":
+            yield {"text": words(2 * case.length)}
+        elif case.stage == "reward":
+            prompt, answer = case.length // 4, case.length - case.length // 4 - turns
+            yield {"prompt": words(prompt), "chosen": words(answer), "rejected": words(answer)}
+        else:
+            yield {"prompt": words(case.length // 2 - turns + 2)}  # which ends behind "Assistant:"
+
+
+# ---- the table
+
+
+def told(found: Json) -> str:
+    """A result in a line."""
+    if "error" in found:
+        return str(found["error"])
+    compared = [measured.Row(*row) for row in found["rows"]]
+    return "; ".join(
+        f"{row.unit} predicted {a}, measured {b} ({off})"
+        for row in compared if not row.phase for a, b, off in [measured.cells(row)]
+    )  # fmt: skip
+
+
+def table(results: list[Json]) -> str:
+    """Two tables in Markdown: the whole of each configuration, and its phases where it has several."""
+    head = ("configuration", "GiB predicted", "measured", "off by", "s predicted", "measured", "off by")
+    whole, phases = [], []
+    for found in results:
+        if "error" in found:
+            whole.append([found["name"], found["error"], *["-"] * 5])
+            continue
+        compared = [measured.Row(*row) for row in found["rows"]]
+        by: dict[str, list[str]] = {}
+        for row in compared:
+            by.setdefault(row.phase, []).extend(measured.cells(row))
+        whole.append([found["name"], *by.pop("")])
+        phases += [[f"{found['name']}: {phase}", *line] for phase, line in by.items()]
+    out = measured.markdown(head, whole)
+    return out + ("\n" + measured.markdown(("phase", *head[1:]), phases) if phases else "")

@@ -1,0 +1,67 @@
+"""`rlhf bench truth`: its configurations are recipes that plan, and one that fails is a row beside the others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhfdsl.cli import truth
+from rlhfdsl.cli.main import main
+
+
+def as_planned(folder, stage, args):
+    """A process that measured exactly what was predicted."""
+    (planned,) = json.loads((folder / "plan.json").read_text())["stages"]
+    phases = planned["memory"]["phases"]
+    return {
+        "peak": planned["memory"]["peak"], "peaks": {name: phase["peak"] for name, phase in phases.items()},
+        "start": 0, "seconds": planned["time"]["each"], "updates": args.updates,
+    }  # fmt: skip
+
+
+def test_the_table(tmp_path, monkeypatch, capsys):
+    def child(folder, stage, args):
+        return {"error": "out of memory"} if "reward" in stage else as_planned(folder, stage, args)
+
+    monkeypatch.setattr(truth, "_child", child)
+    out = tmp_path / "truth.md"
+    arguments = ["--only", "125m-zero1", "--gpu", "h100-80g", "--device", "cuda", "-o", str(out), "--updates", "2"]
+    assert main(["bench", "truth", *arguments]) == 0
+    lines = out.read_text().splitlines()
+    assert lines[2].startswith("| sft-125m-zero1 | 7.6 | 7.6 | +0% | ")
+    assert lines[3] == "| reward-125m-zero1 | out of memory | - | - | - | - | - |"
+    assert lines[4].startswith("| ppo-125m+125m-zero1 | ") and any("generate" in line for line in lines[5:])
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert [one["name"] for one in found][1] == "reward-125m-zero1" and found[1]["predicted"] > 2**30
+    assert out.read_text() == capsys.readouterr().out
+
+
+def test_every_row_fills_its_length(monkeypatch, capsys):
+    """Facts of the edges: nothing is dropped, and each row is as long as the stage allows."""
+    seen = {}
+
+    def child(folder, stage, args):
+        (planned,) = json.loads((folder / "plan.json").read_text())["stages"]
+        seen[stage] = planned["edges"]["train"]
+        return {"error": "not run"}
+
+    monkeypatch.setattr(truth, "_child", child)
+    assert main(["bench", "truth", "--only", "tiny", "--device", "cpu"]) == 0
+    for edge in seen.values():
+        assert edge["facts"]["used"] == edge["facts"]["rows"] and edge["facts"]["lengths"]["mean"] == edge["length"]
+
+
+def test_names(capsys):
+    assert main(["bench", "truth", "--list", "--device", "cuda"]) == 0
+    names = capsys.readouterr().out.split()
+    assert len(set(names)) == len(names) >= 8
+    assert main(["bench", "truth", "--only", "nothing", "--device", "cuda"]) == 2
+
+
+@pytest.mark.slow
+def test_three_stages_on_the_cpu(tmp_path):
+    out = tmp_path / "truth.md"
+    assert main(["bench", "truth", "--device", "cpu", "-o", str(out), "--updates", "3"]) == 0
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert [one["measured"]["updates"] for one in found] == [3, 3, 3]
