@@ -42,13 +42,14 @@ def scratch(directory: Path, seed: int = 1, **changes) -> str:
 def spec(
     role: str = "policy", *, trains: bool = True, zero: int = 0, dtype: str = "fp32", micro: int = 4, world: int = 1,
     lr: float = 1e-3, ema: float | None = None, grad_clip: float = 0.0, weight_decay: float = 0.0, dropout: float = 0.0,
+    lora: dict | None = None, checkpointing: bool = False,
 ) -> dict:  # fmt: skip
     """An ENGINE entry of the plan."""
     optimizer = {"lr": lr, "betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": weight_decay}
     return {
         "role": role, "trains": trains, "weights": {"model": "model.small"}, "base": "model.small",
         "head": "none" if role in ("policy", "ref") else "scalar", "dtype": dtype, "attention": "sdpa",
-        "dropout": dropout, "gradient_checkpointing": False,
+        "lora": lora, "shares": None, "dropout": dropout, "gradient_checkpointing": checkpointing,
         "zero": zero, "offload": "off", "micro": micro, "accumulation": 1, "ema": ema,
         "schedule": {"kind": "constant", "lr": lr, "warmup": 0, "updates": 10} if trains else None,
         "deepspeed": deepspeed_config.config(

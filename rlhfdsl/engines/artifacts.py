@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.engine import Engine
 from rlhfdsl.models.loading import gathered
+from rlhfdsl.models.lora import adapter_config, adapter_weights, lora_layers, merged
 from rlhfdsl.models.scalar import ScalarModel
 
 
@@ -28,14 +30,18 @@ def save_model(
 
     stop_ids: the ids that end an answer, for the generation config.
     extra: numbers kept in config.json beside the model's own (a reward model's mean and deviation).
-    The directory appears at once, when all of it is on the disk.
+    With LoRA the adapters are merged into the model that is written, and stand on their own in `directory`-adapter;
+    the weights that train are left alone. Each directory appears at once, when all of it is on the disk.
     """
-    model: PreTrainedModel = engine.module.classifier if isinstance(engine.module, ScalarModel) else engine.module
+    scalar = isinstance(engine.module, ScalarModel)
+    model: PreTrainedModel = engine.module.classifier if scalar else engine.module
     weights = whole_weights(model) if engine.partitioned else None
     if distributed.rank() == 0:
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if lora_layers(model):
+            whole = weights or model.state_dict()
+            _save_adapter(model, whole, directory.with_name(directory.name + "-adapter"), scalar=scalar)
+            weights = merged(model, whole)
+        partial = _emptied(directory)
         for name, value in (extra or {}).items():
             setattr(model.config, name, value)
         if model.config.pad_token_id is None:
@@ -43,10 +49,38 @@ def save_model(
         model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         _finish_configs(partial, list(stop_ids), tokenizer.pad_token_id)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(partial, directory)
+        _publish(partial, directory)
     distributed.barrier()
+
+
+def _save_adapter(model: PreTrainedModel, whole: dict[str, torch.Tensor], directory: Path, *, scalar: bool) -> None:
+    """Write adapters in peft's form: adapter_model.safetensors and adapter_config.json, which names the base."""
+    partial = _emptied(directory)
+    tensors = adapter_weights(whole, scalar=scalar)
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        partial / "adapter_model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+    adapter_config(model, model.config.name_or_path or None, scalar=scalar).save_pretrained(str(partial))
+    path = partial / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # peft keeps a set, in another order at every start
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _publish(partial, directory)
+
+
+def _emptied(directory: Path) -> Path:
+    """A new folder beside `directory`, to fill."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _publish(partial: Path, directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(partial, directory)
 
 
 def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:

@@ -13,7 +13,8 @@ from rlhfdsl.models.loading import gathered
 class MovingAverage:
     """ema <- decay x ema + (1 - decay) x weights, after every optimizer update of the engine.
 
-    The average is kept in fp32 (in bf16 a step of 0.8 % of a small change rounds to nothing). Each rank keeps the
+    The average is of what trains: with LoRA of the adapters, whose frozen base has no need of one. It
+    is kept in fp32 (in bf16 a step of 0.8 % of a small change rounds to nothing). Each rank keeps the
     parameters whose number modulo the world size is its rank, so the memory is 4 bytes x parameters / world.
     """
 
@@ -29,7 +30,7 @@ class MovingAverage:
     @torch.no_grad()
     def write(self) -> None:
         """Overwrite the engine's weights with the average. The engine cannot be trained further."""
-        for number, (name, parameter) in enumerate(self.engine.module.named_parameters()):
+        for number, (name, parameter) in self._trained():
             with gathered([parameter]):
                 whole = torch.zeros_like(parameter.data, dtype=torch.float32)
                 if number % distributed.world() == distributed.rank():
@@ -38,10 +39,14 @@ class MovingAverage:
 
     def _mine(self):
         """(name, master weight) of this rank's share; every rank walks all parameters, since reading one gathers it."""
-        for number, (name, parameter) in enumerate(self.engine.module.named_parameters()):
+        for number, (name, parameter) in self._trained():
             master = master_weight(parameter)
             if number % distributed.world() == distributed.rank():
                 yield name, master
+
+    def _trained(self):
+        """(number, (name, parameter)) of what trains."""
+        return enumerate((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)
 
 
 def master_weight(parameter: torch.Tensor) -> torch.Tensor:

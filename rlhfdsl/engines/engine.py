@@ -10,6 +10,7 @@ from torch import nn
 
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.models.inputs import forward_inputs
+from rlhfdsl.models.lora import adapters_off, lora_layers
 from rlhfdsl.models.scalar import at_last
 
 
@@ -26,7 +27,7 @@ class Engine:
         self.spec = spec
         self.micro: int = spec["micro"]
         self.updates = 0
-        parameters = _decay_groups(module, spec["deepspeed"]) if spec["trains"] else None
+        parameters = _groups(module, spec) if spec["trains"] else None
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, model_parameters=parameters, config=copy.deepcopy(spec["deepspeed"])
         )
@@ -59,7 +60,7 @@ class Engine:
         """Apply the accumulated gradients; returns the learning rate used and the gradient norm before clipping."""
         rate = learning_rate(self.spec["schedule"], self.updates)
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
         self.deepspeed.step()
         self.updates += 1
         norm = self.deepspeed.get_global_grad_norm()
@@ -79,6 +80,38 @@ class PolicyEngine(Engine):
         return self.deepspeed(**forward_inputs(self.module, ids, lengths)).logits
 
 
+class BasePolicy:
+    """The policy that an engine with adapters started from: the same weights with the adapters off.
+
+    A view in the place of a `PolicyEngine` that does not train. It has no weights and no DeepSpeed engine of its own,
+    and its log-probabilities are bit for bit those of the frozen base.
+    """
+
+    def __init__(self, spec: dict, engine: PolicyEngine):
+        self.spec = spec
+        self.engine = engine
+        self.micro: int = spec["micro"]
+        self.layers = lora_layers(engine.module)
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The engine's module, with its adapters: to be read only."""
+        return self.engine.module
+
+    def eval(self) -> None:
+        self.engine.eval()
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of the base for right-padded `ids` [B, T]."""
+        with adapters_off(self.layers):
+            return self.engine.logits(ids, lengths)
+
+
 class ScalarEngine(Engine):
     """A reward or value model: one number for each position."""
 
@@ -91,13 +124,21 @@ class ScalarEngine(Engine):
         return at_last(self.scalars(ids, lengths), lengths)
 
 
-def _decay_groups(module: nn.Module, config: dict) -> list[dict]:
-    """Weight decay for matrices only: biases, norms and other vectors keep their scale."""
-    decay = config["optimizer"]["params"]["weight_decay"]
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if not decay:
-        return [{"params": trained}]
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def _groups(module: nn.Module, spec: dict) -> list[dict]:
+    """What trains, in groups of one weight decay and one rate.
+
+    Weight decay is for matrices only: biases, norms and other vectors keep their scale. `rate` multiplies the schedule
+    of adapters whose learning rate is not the head's.
+    """
+    decay = spec["deepspeed"]["optimizer"]["params"]["weight_decay"]
+    lora = spec["lora"]
+    rate = lora["lr"] / spec["schedule"]["lr"] if lora is not None and lora["lr"] is not None else 1.0
+    groups: dict[tuple[float, float], list[torch.Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            key = decay if matrix else 0.0, rate if ".lora_" in name else 1.0
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": params, "weight_decay": decay, "rate": rate} for (decay, rate), params in groups.items()
+    ]

@@ -23,6 +23,8 @@ COLUMNS = {
     "text": ("text",),
 }
 
+_POLICIES = ("stage.sft",)  # stages that are themselves the engine of a policy
+
 Blocks = Mapping[str, Block]
 Found = Iterator[Diagnostic]
 
@@ -159,7 +161,24 @@ def columns(blocks: Blocks) -> Found:
                 yield _error("E0607", message, setting.name, help)
 
 
-RULES: tuple[Callable[[Blocks], Found], ...] = (formats, evals, models, revisions, columns)
+def loras(blocks: Blocks) -> Found:
+    """A rate of adapters needs something beside them that trains; a reference that is an actor's base has no place."""
+    for stage in (block for block in blocks.values() if block.kind == "stage"):
+        for policy in (stage.blocks.get("actor"), stage if stage.type in _POLICIES else None):
+            lora = policy.blocks.get("lora") if policy is not None else None
+            if policy is not None and lora is not None and lora.written("lr"):
+                message = "only adapters train in a policy, and their rate is the engine's `lr`"
+                yield _error("E0311", message, lora.setting("lr").name, f"write it as `lr` of `{policy.address}`")
+        actor, ref = stage.blocks.get("actor"), stage.blocks.get("ref")
+        if actor is None or "lora" not in actor.blocks or ref is None or not ref.written("parallel"):
+            continue
+        if ref["model"] in (None, actor["model"]):
+            message = "the reference is the actor with its adapters off: it has no place of its own"
+            labels = tuple(Label(s, "the adapters") for s in (actor.blocks["lora"].span,) if s is not None)
+            yield _error("E0311", message, ref.setting("parallel").name, "delete it", *labels)
+
+
+RULES: tuple[Callable[[Blocks], Found], ...] = (formats, evals, models, revisions, columns, loras)
 # Those that something unread would mislead.
 WHOLE: tuple[Callable[[Blocks], Found], ...] = (sums, mixes)
 

@@ -164,7 +164,7 @@ def _expected(attr: Attr) -> str:
         elif shape == "reference":
             parts.append("a reference to " + takes(alternative["x-reference"]))
         elif shape == "list":
-            parts.append(f"a list of {alternative['minItems']} numbers")
+            parts.append(f"a list of {_items(alternative)}")
         else:
             parts.append(_EXPECTED[shape])
     return " or ".join(parts)
@@ -230,9 +230,16 @@ def in_range(alternative: Mapping[str, Any], value: Any) -> bool:
     return bool(low <= value <= high and above < value < below)
 
 
+def _items(alternative: Mapping[str, Any]) -> str:
+    """What a list holds: `2 numbers`, `1 to 64 texts`."""
+    low, high = alternative["minItems"], alternative["maxItems"]
+    kind = "texts" if schema.shape(alternative["items"]) == "text" else "numbers"
+    return f"{low if low == high else f'{low} to {high}'} {kind}"
+
+
 def _range(alternative: Mapping[str, Any]) -> str:
     if schema.shape(alternative) == "list":
-        return f"{alternative['minItems']} numbers, each {_range(alternative['items'])}"
+        return f"{_items(alternative)}, each {_range(alternative['items'])}"
     if schema.shape(alternative) == "text":
         return "a text that is not empty"
     low, high, above, below = (

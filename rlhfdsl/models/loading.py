@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.models.lora import add_adapters
 from rlhfdsl.models.quiet import quiet
 from rlhfdsl.models.scalar import HEAD, ScalarModel, reset_head
 from rlhfdsl.models.scratch import scratch_config
@@ -27,12 +28,16 @@ _DROPOUT = (
 )  # fmt: skip
 
 
-def load_model(engine: dict, source: str, *, revision: str | None, seed: int) -> nn.Module:
-    """The module that an engine of the plan trains or scores with, on the CPU unless ZeRO 3 partitions it.
+def load_model(
+    engine: dict, source: str, *, revision: str | None, seed: int, device: torch.device | None = None
+) -> nn.Module:
+    """The module that an engine of the plan trains or scores with, partitioned where ZeRO 3 is.
 
-    engine: its entry in the plan (head, dtype, attention, dropout, gradient_checkpointing).
+    engine: its entry in the plan (head, dtype, attention, dropout, gradient_checkpointing, lora).
     source: a hub id or a directory in Hugging Face form.
-    seed: fills a scalar head that the source does not have.
+    seed: fills a scalar head that the source does not have, and new adapters.
+    device: where the weights are read to, each in the engine's dtype, so that the host never holds them all; left
+    out, the CPU. Without effect while ZeRO 3 partitions.
     Returns a causal model of transformers, or a `ScalarModel` for `head = scalar`.
     Raises UserError when the source holds no decoder that transformers can load.
     """
@@ -40,6 +45,8 @@ def load_model(engine: dict, source: str, *, revision: str | None, seed: int) ->
     automodel = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     options = {"attn_implementation": engine["attention"], "dtype": DTYPES[engine["dtype"]], "revision": revision}
     options |= {"trust_remote_code": False, "use_safetensors": True}  # neither code nor pickles of a repository run
+    if device is not None and engine["deepspeed"]["zero_optimization"]["stage"] < 3:
+        options["device_map"] = {"": device}
     with quiet():
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -65,6 +72,8 @@ def load_model(engine: dict, source: str, *, revision: str | None, seed: int) ->
             help="the directory is incomplete or belongs to another architecture",
         )
     model.config.use_cache = False
+    if engine["lora"] is not None:
+        add_adapters(model, engine["lora"], seed=seed, scalar=scalar)
     if not scalar:
         if engine["gradient_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -42,6 +42,9 @@ CODES = {
     "E0714": "the GPU is not in the catalog",
     "E0715": "the attention is none that the model's type has",
     "E0720": "a saved plan or a lock file cannot be used",
+    "E0730": "LoRA targets name no layer of the model",
+    "E0731": "a LoRA rank is as wide as a layer",
+    "E0732": "an actor has dropout",
     "W0701": "a large share of the rows is in no batch",
     "W0702": "an interval is longer than the run",
     "W0703": "a warm-up rounds to no update",
@@ -231,7 +234,7 @@ def memory(
     lines = [
         f"{p.need.name}: {_gib(p.states.total + p.average)} of model states at ZeRO {p.zero}"
         for p in placed.engines
-        if p.states is not None
+        if p.states is not None and p.need.shares is None
     ]
     lines.append(
         f"{worst.name}: {_gib(worst.resident)} that stays, {_gib(worst.working)} that the {worst.engine} needs at once"

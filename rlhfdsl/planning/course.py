@@ -3,15 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.language.recipe import Block, Reference
+from rlhfdsl.planning.adapters import Lora, linears, matches
 from rlhfdsl.planning.batches import remainder
+from rlhfdsl.planning.entries import Model
 from rlhfdsl.planning.problems import Problems
+
+if TYPE_CHECKING:
+    from rlhfdsl.planning.placing import Part
 
 TAIL_SHARE = 0.25
 CUT_SHARE = 0.25
 DROP_SHARE = 0.5
+
+
+def adapters(problems: Problems, part: Part, model: Model, lora: Lora | None) -> None:
+    """LoRA targets against the layers of the model's type, and the rank against their widths."""
+    if lora is None or part.group is None:
+        return
+    at, written = f"{part.at}.lora", part.group.blocks["lora"]["targets"]
+    known = linears(model.shape)
+    if known is None or model.shape is None:
+        if written in ("attention", "mlp"):
+            problems.report(
+                "E0730", f"planning does not know which layers of `{model.address}` are its {written}", f"{at}.targets",
+                help='name them, `targets = ["q_proj", "v_proj"]`, or leave `targets` out for all',
+            )  # fmt: skip
+        return
+    names = [] if isinstance(written, str) else written
+    lost = [name for name in names if not any(matches(name, layer.path) for layer in known)]
+    if lost:
+        problems.report(
+            "E0730", f"no linear layer of {model.shape.type} is named `{lost[0]}`", f"{at}.targets",
+            also=[(model.address, f"a model of type {model.shape.type}")],
+            help=f"its layers: {', '.join(layer.path for layer in known)}; or targets = all",
+        )  # fmt: skip
+    narrow = min(lora.layers or known, key=lambda layer: min(layer.inputs, layer.outputs))
+    width = min(narrow.inputs, narrow.outputs)
+    if lora.rank >= width:
+        problems.report(
+            "E0731", f"an adapter of rank {lora.rank} is no smaller than `{narrow.path}`, which is "
+            f"{narrow.outputs} x {narrow.inputs}", f"{at}.rank",
+            help=f"rank = {max(1, width // 4)} or less, or train the weights themselves: leave `lora` out",
+        )  # fmt: skip
+
+
+def actor_dropout(problems: Problems, at: str, actor: Block) -> None:
+    """Dropout while a policy-gradient update runs, which the sampled log-probabilities do not have."""
+    for block, where in ((actor, at), (actor.blocks.get("lora"), f"{at}.lora")):
+        if block is not None and block["dropout"]:
+            problems.report(
+                "E0732", f"dropout = {block['dropout']:g} of an actor makes its ratio to itself differ from 1",
+                f"{where}.dropout",
+                notes=["the answers' log-probabilities are taken without dropout, the update's would be with it"],
+                help="leave it out: a policy-gradient update has no dropout",
+            )  # fmt: skip
 
 
 def critic_warmup(problems: Problems, at: str, late: int, rollouts: int | None) -> None:

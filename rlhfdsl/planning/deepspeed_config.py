@@ -31,13 +31,15 @@ def config(
     accumulation: int,
     parameters: int | None,
     trains: bool,
+    learns: int | None = None,
     optimizer: dict[str, Any] | None = None,
     grad_clip: float = 0.0,
 ) -> dict[str, Any]:
     """The configuration that `deepspeed.initialize` gets.
 
     micro: sequences (reward: pairs) of one forward on one device. accumulation: micro batches of one step.
-    parameters: of the engine, to size buckets no larger than the model; None means unknown.
+    parameters: of the engine, to size buckets no larger than the model; None means unknown. learns: those of them
+    that train, beside frozen ones; None means all.
     optimizer: {"lr", "betas", "eps", "weight_decay"} of an engine that trains.
     """
     out: dict[str, Any] = {
@@ -54,7 +56,7 @@ def config(
     out["bf16"] = {"enabled": dtype == "bf16"}
     out["fp16"] = _fp16(dtype)
     out["zero_optimization"] = _zero(
-        zero, offload, device=device, world=world, parameters=parameters, trains=trains
+        zero, offload, device=device, world=world, parameters=parameters, learns=learns or parameters, trains=trains
     )
     out["steps_per_print"] = NEVER
     out["wall_clock_breakdown"] = False
@@ -91,13 +93,13 @@ def bucket_size(parameters: int | None) -> int:
 
 
 def _zero(
-    stage: int, offload: str, *, device: str, world: int, parameters: int | None, trains: bool
+    stage: int, offload: str, *, device: str, world: int, parameters: int | None, learns: int | None, trains: bool
 ) -> dict[str, Any]:
     """The `zero_optimization` block."""
     out: dict[str, Any] = {"stage": stage}
     if stage == 0:
         return out
-    bucket = bucket_size(parameters)
+    bucket = bucket_size(learns)
     if trains:
         out["contiguous_gradients"] = True
         out["reduce_scatter"] = True
@@ -110,7 +112,7 @@ def _zero(
         out["allgather_bucket_size"] = bucket
     else:
         out["sub_group_size"] = NEVER
-        out["stage3_prefetch_bucket_size"] = min(50_000_000, bucket)
+        out["stage3_prefetch_bucket_size"] = min(50_000_000, bucket_size(parameters))
         out["stage3_param_persistence_threshold"] = 100_000
         out["stage3_max_live_parameters"] = LIVE
         out["stage3_max_reuse_distance"] = LIVE

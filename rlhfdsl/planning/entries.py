@@ -39,7 +39,11 @@ class Model:
         if self.shape is None:
             return None
         output = 0 if self.shape.tied else self.shape.vocab * self.shape.embed
-        return self.causal - output + self.shape.embed
+        return self.causal - output + self.head_count(head)
+
+    def head_count(self, head: str) -> int:
+        """Parameters of the head itself: a scalar one is a row over the backbone's output."""
+        return self.shape.embed if head == "scalar" and self.shape is not None else 0
 
 
 def source(value: Source, revision: str | None) -> dict[str, Any]:

@@ -60,9 +60,17 @@ class Need:
     offload: str | None
     checkpointing: bool | None
     micro: int | None
-    ema: bool  # an fp32 moving average of the weights, shared out over the devices
+    ema: bool  # an fp32 moving average of what trains, shared out over the devices
     bucket: int | None = None
     live: int = LIVE
+    trained: int | None = None  # of `count`, what trains; None: all of an engine that does
+    adapters: int | None = None  # with LoRA the ranks of one layer's adapters, summed (0: its layers are not known)
+    shares: str | None = None  # the engine whose frozen base this one is, without weights of its own
+
+    @property
+    def learns(self) -> int | None:
+        """Parameters with a gradient and optimizer states."""
+        return self.count if self.trained is None else self.trained
 
     @property
     def tokens(self) -> int:
@@ -181,7 +189,10 @@ def _place(
     actor = next((n.zero for n in needs if n.name == "actor" and n.zero is not None), None)
     stages = {n.name: _stage(n, target, train, infer, actor, word) for n in needs}
     states = {n.name: _states(n, stages[n.name][0], target) for n in needs}
-    averages = {n.name: 4 * n.count // target.world if n.ema and n.count else 0 for n in needs}
+    for need in needs:
+        if need.shares is not None:
+            stages[need.name] = stages[need.shares][0], f"the {need.shares}'s base, with its adapters off"
+    averages = {n.name: 4 * n.learns // target.world if n.ema and n.learns else 0 for n in needs}
     known = [s for s in states.values() if s is not None]
     resident = None
     if len(known) == len(needs):
@@ -189,19 +200,22 @@ def _place(
     usable = int(target.memory * memory.USABLE) if target.memory is not None else None
     room = usable - resident if usable is not None and resident is not None else None
     scores = rollout is not None
-    placed = tuple(
-        _settle(n, *stages[n.name], states[n.name], averages[n.name], room, target, scores) for n in needs
-    )
+    placed: list[Placement] = []
+    for n in needs:
+        if n.shares is not None:  # with the micro batches of its engine its numbers are those of the frozen base
+            n = replace(n, micro=next(p.micro for p in placed if p.need.name == n.shares))
+        used = states[n.shares or n.name]
+        placed.append(_settle(n, *stages[n.name], states[n.name], used, averages[n.name], room, scores))
     generate, cache, sampling = _generation(placed, rollout, room)
     if resident is None:
-        return Fit(placed, generate, cache, (), usable)
+        return Fit(tuple(placed), generate, cache, (), usable)
     phases = [] if sampling is None else [Phase("generate", resident, sampling, "actor")]
     for name in ("score", "train"):
         users = {p.need.name: p.working[name] for p in placed if name in p.working}
         if users:
             largest = max(users, key=lambda user: users[user])
             phases.append(Phase(name, resident, users[largest], largest))
-    return Fit(placed, generate, cache, tuple(phases), usable)
+    return Fit(tuple(placed), generate, cache, tuple(phases), usable)
 
 
 def _offload(need: Need, offload: str) -> str:
@@ -235,9 +249,11 @@ def _stage(
 def _states(need: Need, zero: int, target: Target) -> memory.States | None:
     if need.count is None or need.shape is None:
         return None
+    if need.shares is not None:
+        return memory.States(need.count, 0, 0, 0, 0)
     return memory.states(
         need.count, largest_layer(need.shape), dtype=need.dtype, zero=zero, offload=need.offload or "off",
-        trains=need.trains, gpus=target.gpus, nodes=target.nodes,
+        trains=need.trains, gpus=target.gpus, nodes=target.nodes, trained=need.trained,
     )  # fmt: skip
 
 
@@ -246,24 +262,27 @@ def _working(need: Need, zero: int, states: memory.States, checkpointing: bool, 
     assert need.shape is not None
     used = memory.activations(
         need.shape, sequences=micro * need.sequences, length=need.length, dtype=need.dtype, trains=train,
-        checkpointing=checkpointing, head=need.head, eager=need.eager,
+        checkpointing=checkpointing, head=need.head, eager=need.eager, adapters=need.adapters or 0,
     )  # fmt: skip
     used += memory.gathered(states, dtype=need.dtype, zero=zero, live=need.live)
     if train:
         used += states.passing
-        used += memory.buckets(states.parameters, dtype=need.dtype, zero=zero, elements=need.bucket)
+        used += memory.buckets(need.learns or 0, dtype=need.dtype, zero=zero, elements=need.bucket)
     return used
 
 
 def _settle(
-    need: Need, zero: int, reason: str, states: memory.States | None, average: int, room: int | None,
-    target: Target, scores: bool,
+    need: Need, zero: int, reason: str, states: memory.States | None, used_states: memory.States | None,
+    average: int, room: int | None, scores: bool,
 ) -> Placement:  # fmt: skip
-    """Checkpointing and micro batch of one engine with `room` bytes beside all that stays, None for unknown."""
+    """Checkpointing and micro batch of one engine with `room` bytes beside all that stays, None for unknown.
+
+    used_states: of the engine whose weights it works with, its own or those that it shares.
+    """
     by_tokens = need.micro or largest_divisor(need.per_rank, token_limit(room) // need.tokens)
 
     def used(checkpointing: bool, micro: int) -> int | None:
-        return None if states is None else _working(need, zero, states, checkpointing, micro, need.trains)
+        return None if used_states is None else _working(need, zero, used_states, checkpointing, micro, need.trains)
 
     def fits(checkpointing: bool, micro: int) -> bool:
         bytes_used = used(checkpointing, micro)
@@ -275,11 +294,11 @@ def _settle(
     choices = [d for d in divisors(need.per_rank) if d <= by_tokens and fits(checkpointing, d)]
     micro = need.micro or max(choices, default=1)
     working = {}
-    if states is not None:
+    if used_states is not None:
         if scores:
-            working["score"] = _working(need, zero, states, False, micro, False)
+            working["score"] = _working(need, zero, used_states, False, micro, False)
         if need.trains:
-            working["train"] = _working(need, zero, states, checkpointing, micro, True)
+            working["train"] = _working(need, zero, used_states, checkpointing, micro, True)
     offload = need.offload or "off"
     return Placement(need, zero, offload, reason, checkpointing, micro, states, average, room, working)
 

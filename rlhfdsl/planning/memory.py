@@ -49,10 +49,13 @@ class States:
 
 
 def states(
-    count: int, largest: int, *, dtype: str, zero: int, offload: str, trains: bool, gpus: int, nodes: int
-) -> States:
+    count: int, largest: int, *, dtype: str, zero: int, offload: str, trains: bool, gpus: int, nodes: int,
+    trained: int | None = None,
+) -> States:  # fmt: skip
     """Model states of an engine with `count` parameters, whose largest module has `largest`.
 
+    trained: of the parameters, those that train (adapters and a head); None means all. Frozen ones have a weight in
+    the engine's type, and neither gradient nor optimizer states.
     gpus: devices of each node. Bytes for each parameter when 16-bit weights train: 2 weights, 2 gradients, 4
     fp32 gradients, 4 master weights, 8 Adam moments; in fp32 the weights are their own gradients' type (4 +
     4) and only ZeRO keeps a second copy as master weights. Stage 1 shards master weights and moments, stage 2
@@ -67,24 +70,25 @@ def states(
         if offload in ("params", "both"):
             return States(count, gathered, 0, 0, width * count // nodes)
         return States(count, gathered + width * count // world, 0, 0, 0)
+    learns = count if trained is None else trained
     grads = 6 if half else 4
     if zero == 0:
-        return States(count, width * count, grads * count, (12 if half else 8) * count, 0)
+        return States(count, width * count, grads * learns, (12 if half else 8) * learns, 0)
     if zero < 3 and offload != "off":
-        host = int(count * max(4 * world, 16) * 1.5)
-        return States(count, width * count, width * count if zero == 1 else 0, 0, host)
+        host = int(learns * max(4 * world, 16) * 1.5)
+        return States(count, width * count, width * learns if zero == 1 else 0, 0, host)
     if zero == 1:
-        return States(count, width * count, grads * count, 12 * count // world, 0)
+        return States(count, width * count, grads * learns, 12 * learns // world, 0)
     if zero == 2:
-        gradients = grads * count // world
-        return States(count, width * count, gradients, (grads + 12) * count // world - gradients, 0)
+        gradients = grads * learns // world
+        return States(count, width * count, gradients, (grads + 12) * learns // world - gradients, 0)
     if offload == "both":
-        return States(count, gathered, 0, 0, int(count * (width + 16) * (1 / nodes) * 1.5))
+        return States(count, gathered, 0, 0, int((count * width + learns * 16) * (1 / nodes) * 1.5))
     shard = width * count // world
     if offload == "optimizer":
-        return States(count, gathered + shard, 0, 0, int(count * 16 * (1 / nodes) * 1.5))
-    gradients = 4 * count // world
-    optimizer = (width + 16) * count // world - shard - gradients
+        return States(count, gathered + shard, 0, 0, int(learns * 16 * (1 / nodes) * 1.5))
+    gradients = 4 * learns // world
+    optimizer = (width + 16) * learns // world - width * learns // world - gradients
     if offload == "params":
         return States(count, gathered, gradients, optimizer, width * count // nodes, True)
     return States(count, gathered + shard, gradients, optimizer, 0, True)
@@ -134,6 +138,7 @@ def activations(
     checkpointing: bool,
     head: str,
     eager: bool,
+    adapters: int = 0,
 ) -> int:
     """Bytes that one micro batch of `sequences` x `length` tokens holds at its peak, besides model states.
 
@@ -142,10 +147,11 @@ def activations(
 
     The output of a causal model adds, for each token, vocab x 2 e: the logits, and their copy without the last
     position; to train as much again, the gradients of the copy by chunk and joined. The loss makes its fp32 copy in
-    chunks of CHUNK bytes, of which three live at once.
+    chunks of CHUNK bytes, of which three live at once. adapters: the ranks of one layer's adapters, summed; each
+    keeps its inner values.
     """
     e, tokens = BYTES[dtype], sequences * length
-    layer = layer_tokens(s, length, dtype, eager)
+    layer = layer_tokens(s, length, dtype, eager) + adapters * e
     if not trains:
         kept = layer
     elif checkpointing:

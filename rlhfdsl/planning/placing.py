@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import advice, checks, course, deepspeed_config, entries, escape, timing
+from rlhfdsl.planning import adapters, advice, checks, course, deepspeed_config, entries, escape, timing
+from rlhfdsl.planning.adapters import Lora
 from rlhfdsl.planning.batches import warmup_updates
 from rlhfdsl.planning.entries import Model, Wanted
 from rlhfdsl.planning.fit import Fit, Need, Placement, Rollout, fit, token_limit
@@ -55,6 +56,7 @@ class Part:
     per_rank: int
     sequences: int
     length: int
+    shares: str | None = None  # the engine whose frozen base it is
 
 
 def base_of(recipe: Recipe, reference: Reference) -> str:
@@ -82,6 +84,7 @@ def place(scope: Scope, at: str, parts: Sequence[Part], rollout: Rollout | None,
     """Place the engines of a stage; None (and a report) when a written micro batch does not divide."""
     needs = []
     for part in parts:
+        course.adapters(scope.problems, part, scope.model(part.reference), lora_of(scope, part))
         parallel = parallel_of(scope.recipe, part)
         micro = None if parallel is None or parallel["micro"] == "auto" else parallel["micro"]
         if not scope.fit and micro is not None and parallel is not None and part.per_rank % micro:
@@ -102,8 +105,20 @@ def parallel_of(recipe: Recipe, part: Part) -> Block | None:
     return recipe.blocks[part.group["parallel"].address]
 
 
+def lora_of(scope: Scope, part: Part) -> Lora | None:
+    """The adapters of an engine, None when its weights train themselves, or nothing does."""
+    block = part.group.blocks.get("lora") if part.group is not None and part.trains else None
+    return None if block is None else adapters.lora(block, scope.model(part.reference).shape)
+
+
 def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -> Need:
     model = scope.model(part.reference)
+    lora, count = lora_of(scope, part), model.count(part.head)
+    trained, inner = None, None
+    if lora is not None:
+        trained = None if lora.count is None else lora.count + model.head_count(part.head)
+        count = None if count is None or lora.count is None else count + lora.count
+        inner = lora.rank * len(lora.layers or ())
     zero: int | None = None
     offload: str | None = None
     checkpointing = None if part.trains else False
@@ -118,13 +133,15 @@ def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -
         zero = None if zero in (1, 2) else zero
         if offload is not None:
             offload = "params" if offload in ("params", "both") and zero in (3, None) else "off"
+    if part.shares is not None:
+        offload = "off"
     ema = part.name == "actor" and part.group is not None and part.group["ema"] is not None
     ours = escape.passed_on(part.group).get("zero_optimization", {})
     return Need(
-        part.name, model.shape, model.count(part.head), part.head, model.dtype,
+        part.name, model.shape, count, part.head, model.dtype,
         model.entry["attention"] == "eager", part.trains, part.per_rank, part.sequences, part.length, zero,
         offload, checkpointing, micro, ema, ours.get("reduce_bucket_size"),
-        ours.get("stage3_max_live_parameters", deepspeed_config.LIVE),
+        ours.get("stage3_max_live_parameters", deepspeed_config.LIVE), trained, inner, part.shares,
     )  # fmt: skip
 
 
@@ -144,17 +161,19 @@ def engine(
         course.schedule(scope.problems, part.at, warmup, schedule)
         escape.effects(scope.problems, group, placed)
         optimizer = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    lora = lora_of(scope, part)
     return {
         "role": part.role, "trains": part.trains, "weights": weights_of(scope.recipe, part.reference),
         "base": model.address, "head": part.head, "dtype": model.dtype, "attention": model.entry["attention"],
+        "lora": None if lora is None else lora.entry, "shares": part.shares,
         "dropout": group["dropout"] if part.trains and group is not None else 0.0,
         "gradient_checkpointing": placed.checkpointing, "zero": placed.zero, "offload": placed.offload,
         "micro": placed.micro, "accumulation": accumulation,
         "ema": group["ema"] if part.name == "actor" and group is not None else None, "schedule": schedule,
-        "deepspeed": escape.merge(deepspeed_config.config(
+        "deepspeed": None if part.shares is not None else escape.merge(deepspeed_config.config(
             dtype=model.dtype, zero=placed.zero, offload=placed.offload, device=target.device,
             world=target.world, micro=placed.micro, accumulation=accumulation, parameters=placed.need.count,
-            trains=part.trains, optimizer=optimizer,
+            trains=part.trains, learns=placed.need.trained, optimizer=optimizer,
             grad_clip=group["grad_clip"] if part.trains and group is not None else 0.0,
         ), escape.passed_on(group)),
     }  # fmt: skip
@@ -166,7 +185,7 @@ def memory_of(scope: Scope, placed: Fit) -> Json:
     for p in placed.engines:
         s = p.states
         engines[p.need.name] = {
-            "parameters": p.need.count,
+            "parameters": p.need.count, "trained": p.need.learns if p.need.trains else 0,
             "weights": s.weights if s else None, "gradients": s.gradients if s else None,
             "optimizer": s.optimizer if s else None, "average": p.average if s else None,
             "total": s.total + p.average if s else None, "lasting": s.lasting + p.average if s else None,
@@ -204,15 +223,26 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def write(path: str, model: Model, head: str) -> Json:
-    """A directory that a stage leaves, and its bytes."""
-    count = model.count(head)
-    return {"path": path, "bytes": None if count is None else count * BYTES[model.dtype]}
+def writes_of(path: str, model: Model, placed: Placement, name: str, suffix: str = "") -> tuple[Json, list[Json]]:
+    """What an engine leaves: artifacts (name: directory), and the directories with their bytes.
+
+    The model is whole. With LoRA its adapters are merged into it, and stand beside it on their own.
+    """
+    need, width = placed.need, BYTES[model.dtype]
+    counts = {name: (path + suffix, model.count(need.head))}
+    if need.adapters is not None:
+        counts[f"{name}_adapter"] = f"{path}{suffix}-adapter", need.trained
+    artifacts = {key: directory for key, (directory, _) in counts.items()}
+    return artifacts, [
+        {"path": directory, "bytes": None if count is None else count * width} for directory, count in counts.values()
+    ]
 
 
 def why(scope: Scope, placed: Placement, item: str) -> Json:
     """Where an engine's micro batch, ZeRO stage and checkpointing come from."""
     need = placed.need
+    if need.shares is not None:
+        return {"micro": f"as the {need.shares}'s", "zero": placed.reason}
     if need.micro is not None:
         micro = f"as written; {need.per_rank} / {need.micro} = {need.per_rank // need.micro}"
     else:

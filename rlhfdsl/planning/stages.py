@@ -15,7 +15,7 @@ from rlhfdsl.planning import checks, course, timing
 from rlhfdsl.planning.batches import Misfit, largest_divisor, run_length, share
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.fit import Rollout
-from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, time_of, why, write
+from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, time_of, why, writes_of
 
 Json = dict[str, Any]
 
@@ -80,14 +80,14 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
     settings: Json = {"epochs": epochs, "steps": block["steps"], "length": length}
     settings |= {"loss": block["loss"]} if kind == "sft" else {"normalize": block["normalize"]}
     settings |= {"log": every["log"], "eval_every": every["eval"]}
+    artifacts, writes = writes_of(f"{output}/model", model, only, role)
     return {
         "address": at, "kind": kind, "needs": [block["model"].address], "output": output,
-        "seed": seed_of(scope.recipe.block["seed"], at), "artifacts": {role: f"{output}/model"},
+        "seed": seed_of(scope.recipe.block["seed"], at), "artifacts": artifacts,
         "edges": edges,
         "engines": {role: engine(scope, part, only, model, accumulation, updates)},
         "batch": batches, "settings": settings, "memory": memory_of(scope, placed),
-        "time": time_of(scope, placed, work, updates),
-        "writes": [write(f"{output}/model", model, head)],
+        "time": time_of(scope, placed, work, updates), "writes": writes,
     }  # fmt: skip
 
 
@@ -100,6 +100,7 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
     reference = ref["model"] if ref is not None and ref["model"] is not None else actor["model"]
     length = rollout["prompt"] + rollout["answer"]
     model = scope.model(actor["model"])
+    shares = "actor" if "lora" in actor.blocks and reference == actor["model"] else None
 
     def prompts(name: str) -> Json | None:
         if block[name] is None:
@@ -113,7 +114,7 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
     parts = [
         Part("actor", "policy", f"{at}.actor", actor, actor["model"], "none", True, 0, 1, length),
         Part("critic", "critic", f"{at}.critic", critic, critic["model"], "scalar", True, 0, 1, length),
-        Part("ref", "ref", f"{at}.ref", ref, reference, "none", False, 0, 1, length),
+        Part("ref", "ref", f"{at}.ref", ref, reference, "none", False, 0, 1, length, shares),
         Part("reward", "reward", f"{at}.reward", reward, reward["model"], "scalar", False, 0, 1, length),
     ]
     words = f"prompt {rollout['prompt']} + answer {rollout['answer']} = {length} tokens"
@@ -126,6 +127,7 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
     checks.parts_have_rows(scope.problems, at, edges)
     course.rows_are_whole(scope.problems, at, edges)
 
+    course.actor_dropout(scope.problems, f"{at}.actor", actor)
     course.held_policy(scope.problems, at, block, reference)
 
     sequences = rollout["batch"] * rollout["answers"]
@@ -180,13 +182,12 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
         "ptx": _ptx_batch(ptx["batch"], ptx_rank, engines["actor"].micro) if ptx is not None else None,
         "why": reasons,
     }  # fmt: skip
-    writes = [write(f"{output}/actor", model, "none")]
-    artifacts = {"policy": f"{output}/actor"}
+    left = [writes_of(f"{output}/actor", model, engines["actor"], "policy")]
     if actor["ema"] is not None:
-        artifacts["ema"] = f"{output}/actor-ema"
-        writes.append(write(f"{output}/actor-ema", model, "none"))
-    artifacts["critic"] = f"{output}/critic"
-    writes.append(write(f"{output}/critic", scope.model(critic["model"]), "scalar"))
+        left.append(writes_of(f"{output}/actor", model, engines["actor"], "ema", "-ema"))
+    left.append(writes_of(f"{output}/critic", scope.model(critic["model"]), engines["critic"], "critic"))
+    artifacts = {name: path for made, _ in left for name, path in made.items()}
+    writes = [entry for _, entries in left for entry in entries]
     needs = dict.fromkeys(part.reference.address for part in parts)
     return {
         "address": at, "kind": "ppo", "needs": list(needs), "output": output,

@@ -2,7 +2,8 @@
 then the bytes that cross links, which are not hidden behind computing here.
 
 For each token a forward pass takes 2 FLOPs for each parameter of its matrices (the input embedding is a lookup) and
-4 x layers x width for each token that it attends to; a backward pass takes twice that; checkpointing one forward more.
+4 x layers x width for each token that it attends to; a backward pass takes twice that, beside frozen weights (LoRA) as
+much; checkpointing one forward more.
 No pass is faster than launching its layers one by one. A decode step reads all weights and the live cache once. Batches
 are padded to their longest row, which is left out; an answer is taken to have its full length.
 """
@@ -94,6 +95,10 @@ class _Clock:
         return self.placed.need.count or 0
 
     @property
+    def learns(self) -> int:
+        return self.placed.need.learns or 0
+
+    @property
     def width(self) -> int:
         return memory.BYTES[self.placed.need.dtype]
 
@@ -109,7 +114,8 @@ class _Clock:
     def passes(self, sequences: float, length: float, *, train: bool) -> float:
         """Seconds of forward (and backward) passes over `sequences`, in micro batches."""
         need, tokens = self.placed.need, sequences * length
-        forwards = (4 if self.placed.checkpointing else 3) if train else 1
+        backward = 2 if need.adapters is None else 1  # frozen weights need no gradient, their inputs do
+        forwards = 1 + backward + self.placed.checkpointing if train else 1
         compute = forwards * tokens * self.flops(length) / (self.rates.matmul * self.rates.train)
         micros = sequences / (self.placed.micro * need.sequences)
         launch = forwards * micros * self.shape.layers * self.rates.forward
@@ -118,7 +124,7 @@ class _Clock:
             out += tokens * self.shape.vocab * (LOSS_BYTES if train else LOSS_BYTES / 4) / self.rates.copy
         shared = self.target.world if self.placed.zero >= 2 else 1
         if train and self.placed.need.dtype != "fp32":
-            out += micros * SUM_BYTES * self.count / shared / self.rates.copy
+            out += micros * SUM_BYTES * self.learns / shared / self.rates.copy
         return out + micros * self.links(train)
 
     def links(self, train: bool) -> float:
@@ -130,7 +136,7 @@ class _Clock:
                 shard = self.width * self.count / self.target.world
                 out += (2 if train else 1) * shard / self.rates.host
         if train and self.placed.zero >= 2:
-            out += self.across(self.width * self.count)
+            out += self.across(self.width * self.learns)
         return out
 
     def across(self, size: float) -> float:
@@ -142,11 +148,11 @@ class _Clock:
     def update(self, sequences: float, length: float, updates: int) -> float:
         """Seconds of `updates` optimizer updates over `sequences`."""
         zero, world = self.placed.zero, self.target.world
-        size = self.width * self.count
-        step = UPDATE_BYTES * self.count / (world if zero else 1) / self.rates.copy
+        size = self.width * self.learns
+        step = UPDATE_BYTES * self.learns / (world if zero else 1) / self.rates.copy
         if self.placed.offload in ("optimizer", "both"):
-            moved = (4 + self.width) * self.count / world / self.rates.host
-            step = moved + UPDATE_BYTES * self.count / self.target.nodes / HOST_MEMORY
+            moved = (4 + self.width) * self.learns / world / self.rates.host
+            step = moved + UPDATE_BYTES * self.learns / self.target.nodes / HOST_MEMORY
         if zero == 0:
             step += self.across(2 * size)
         elif zero == 1:

@@ -13,7 +13,7 @@ import torch
 
 from rlhfdsl.data.edge import load_edge
 from rlhfdsl.engines import distributed
-from rlhfdsl.engines.engine import Engine
+from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine
 from rlhfdsl.models.loading import load_model, make_scratch, partitioned
 from rlhfdsl.models.tokenizers import generation_settings, load_tokenizer, stop_ids
 from rlhfdsl.planning.lock import pinned
@@ -78,8 +78,13 @@ class Context:
         spec = self.stage["engines"][name]
         source, revision = self._source(spec["weights"])
         with partitioned(spec["deepspeed"]):
-            module = load_model(spec, source, revision=revision, seed=self.seed)
+            module = load_model(spec, source, revision=revision, seed=self.seed, device=self.device)
         return kind(name, spec, module)
+
+    def reference(self, actor: PolicyEngine) -> PolicyEngine | BasePolicy:
+        """The frozen policy `ref` of the plan: an engine of its own, or the actor's base with its adapters off."""
+        spec = self.stage["engines"]["ref"]
+        return BasePolicy(spec, actor) if spec["shares"] else self.engine("ref", PolicyEngine)
 
     def weights_of(self, name: str) -> dict[str, str]:
         return self.stage["engines"][name]["weights"]

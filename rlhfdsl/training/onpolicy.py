@@ -22,7 +22,7 @@ from rlhfdsl.data.order import order
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.distributed import all_sum
 from rlhfdsl.engines.ema import MovingAverage
-from rlhfdsl.engines.engine import Engine, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Rollout, Sampling
 from rlhfdsl.training import invariants, rollouts
@@ -39,7 +39,7 @@ class Engines:
     """The models of a stage: a policy that learns, the policy it is held to, what scores, and PPO's critic."""
 
     actor: HybridEngine
-    ref: PolicyEngine
+    ref: PolicyEngine | BasePolicy
     reward: Reward
     critic: ScalarEngine | None = None
 
@@ -149,7 +149,7 @@ class OnPolicy(ABC):
         return Scored(**vars(answers), log_probs=log_probs[0], ref_log_probs=log_probs[1],
                       scores=self.engines.reward(answers).float())  # fmt: skip
 
-    def parts(self, answers: Scored, engine: Engine) -> list[list[Tensor]]:
+    def parts(self, answers: Scored, engine: Engine | BasePolicy) -> list[list[Tensor]]:
         """The micro batches of each minibatch of the update.
 
         Scoring uses the same: so policy and old policy are compared between passes of one shape, and the ratio of the
@@ -172,7 +172,7 @@ class OnPolicy(ABC):
             return torch.zeros_like(scored.log_probs)
         return kl_estimate(scored.log_probs, scored.ref_log_probs, kl["estimator"])
 
-    def _log_probs(self, engine: PolicyEngine, part: Any) -> Tensor:
+    def _log_probs(self, engine: PolicyEngine | BasePolicy, part: Any) -> Tensor:
         return rollouts.answer_log_probs(engine, part, self.temperature)[0]
 
     def rollout_metrics(self, experience: Experience) -> dict[str, float]:

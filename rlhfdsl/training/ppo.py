@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhfdsl.data.edge import Example
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.distributed import all_sum
-from rlhfdsl.engines.engine import Engine, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.engine import Engine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.training import loop
 from rlhfdsl.training.advantages import advantages_and_returns, explained_variance, token_rewards, whiten
@@ -82,7 +82,7 @@ def run(context: Context) -> dict[str, float]:
     settings = context.settings
     rollout = settings["rollout"]
     actor, critic = context.engine("actor", HybridEngine), context.engine("critic", ScalarEngine)
-    reference, judge = context.engine("ref", PolicyEngine), context.engine("reward", ScalarEngine)
+    reference, judge = context.reference(actor), context.engine("reward", ScalarEngine)
     reward = ModelReward(
         judge, longest=rollout["prompt"] + rollout["answer"], normalize=settings["reward"]["normalize"]
     )

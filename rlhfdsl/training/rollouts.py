@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhfdsl.data.edge import Prompt
-from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
+from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_padded
 from rlhfdsl.engines.rollout.sampling import row_seeds
@@ -46,7 +46,7 @@ def sample(
     return rollouts
 
 
-def answer_log_probs(engine: PolicyEngine, part: Answers, temperature: float) -> tuple[Tensor, Tensor]:
+def answer_log_probs(engine: PolicyEngine | BasePolicy, part: Answers, temperature: float) -> tuple[Tensor, Tensor]:
     """(log p [b, A] of the answers' tokens given those before them, 0 outside the mask; the logits behind it)."""
     logits = engine.logits(part.ids, part.lengths)[:, :-1]
     log_probs = selected_log_probs(logits, part.ids[:, 1:], temperature)

@@ -1,0 +1,111 @@
+"""LoRA: small adapters beside frozen weights, made by peft inside the model, which stays a model of its own class.
+
+The adapters are injected in place, so that `generate`, the configuration and the forward of the model are what they
+were. While they train the base is never written: with them off, the model is bit for bit the one that was loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.models.scalar import HEAD
+
+NAME = "default"  # the name that peft gives an adapter
+
+
+def add_adapters(model: PreTrainedModel, lora: dict, *, seed: int, scalar: bool) -> None:
+    """Freeze a model and put adapters beside its linear layers, in the model's dtype; a scalar head still trains.
+
+    lora: of an engine of the plan (rank, alpha, dropout, targets). The first matrix is drawn from `seed`, the second
+    is 0, so that nothing changes before the first update.
+    Raises UserError when no module of the model is named as a target.
+    """
+    config = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["targets"],
+        task_type="SEQ_CLS" if scalar else "CAUSAL_LM",
+        modules_to_save=None,
+    )
+    dtype = model.dtype
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model, NAME)
+    except ValueError as error:
+        raise UserError(
+            "E0822", "the adapters find no layer of the model", help=first_line(error),
+        ) from error  # fmt: skip
+    for layer in lora_layers(model):
+        for part in (layer.lora_A[NAME], layer.lora_B[NAME]):
+            part.to(dtype)
+    if scalar:
+        model.get_parameter(HEAD).requires_grad_(True)
+
+
+def lora_layers(module: nn.Module) -> list[LoraLayer]:
+    """The layers of a module that carry an adapter, in its order; none without LoRA."""
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+@contextlib.contextmanager
+def adapters_off(layers: list[LoraLayer]) -> Iterator[None]:
+    """While open, the layers compute what their frozen base does.
+
+    peft's own `enable_adapters` also takes the gradient off the adapters, which an optimizer that holds them must not
+    see; only its switch is turned here.
+    """
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of the plain model that `model` with its adapters is: base + alpha / rank x B A.
+
+    weights: the whole state dict of `model`, which is left as it is. Sums are made in fp32 on the CPU and rounded once
+    to the dtype of the base. The names are those of the model without adapters.
+    """
+    plain = {_plain(name): tensor for name, tensor in weights.items() if ".lora_" not in name}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        down, up = (weights[f"{path}.{part}.{NAME}.weight"].cpu().float() for part in ("lora_A", "lora_B"))
+        delta = layer.scaling[NAME] * (up @ down)
+        base = weights[f"{path}.base_layer.weight"]
+        transposed = getattr(layer, "fan_in_fan_out", False)
+        plain[f"{path}.weight"] = (base.cpu().float() + (delta.T if transposed else delta)).to(base.dtype)
+    return plain
+
+
+def adapter_weights(weights: Mapping[str, torch.Tensor], *, scalar: bool) -> dict[str, torch.Tensor]:
+    """The adapters of a whole state dict, and a scalar head beside them, under the names of peft's files."""
+    kept = {name: tensor for name, tensor in weights.items() if ".lora_" in name or (scalar and name == HEAD)}
+    return {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor for name, tensor in kept.items()}
+
+
+def adapter_config(model: PreTrainedModel, base: str | None, *, scalar: bool) -> LoraConfig:
+    """The configuration under which `PeftModel.from_pretrained` loads `adapter_weights` beside the model `base`."""
+    config = copy.deepcopy(model.peft_config[NAME])
+    config.base_model_name_or_path = base
+    config.modules_to_save = ["score"] if scalar else None
+    config.inference_mode = True
+    return config
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".")
