@@ -57,11 +57,12 @@ def dropout(blocks: Blocks) -> Found:
     """PPO compares log-probabilities of one policy, so it answers the same twice."""
     for stage in (block for block in blocks.values() if block.type == "stage.ppo"):
         actor = stage.blocks.get("actor")
-        if actor is not None and isinstance(actor["dropout"], float) and actor["dropout"] > 0:
-            message = "dropout of the actor breaks PPO's ratio: the same weights give other probabilities each time"
-            yield Diagnostic(
-                "E0318", "error", message, actor.setting("dropout").span, help="leave it out: the default is 0"
-            )
+        for block in () if actor is None else (actor, actor.blocks.get("lora")):
+            if block is not None and isinstance(block["dropout"], float) and block["dropout"] > 0:
+                message = "dropout of the actor breaks PPO's ratio: the same weights give other probabilities each time"
+                yield Diagnostic(
+                    "E0318", "error", message, block.setting("dropout").span, help="leave it out: the default is 0"
+                )
 
 
 def normalize(blocks: Blocks) -> Found:

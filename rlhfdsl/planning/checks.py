@@ -44,7 +44,6 @@ CODES = {
     "E0720": "a saved plan or a lock file cannot be used",
     "E0730": "LoRA targets name no layer of the model",
     "E0731": "a LoRA rank is as wide as a layer",
-    "E0732": "an actor has dropout",
     "W0701": "a large share of the rows is in no batch",
     "W0702": "an interval is longer than the run",
     "W0703": "a warm-up rounds to no update",

@@ -50,18 +50,6 @@ def adapters(problems: Problems, part: Part, model: Model, lora: Lora | None) ->
         )  # fmt: skip
 
 
-def actor_dropout(problems: Problems, at: str, actor: Block) -> None:
-    """Dropout while a policy-gradient update runs, which the sampled log-probabilities do not have."""
-    for block, where in ((actor, at), (actor.blocks.get("lora"), f"{at}.lora")):
-        if block is not None and block["dropout"]:
-            problems.report(
-                "E0732", f"dropout = {block['dropout']:g} of an actor makes its ratio to itself differ from 1",
-                f"{where}.dropout",
-                notes=["the answers' log-probabilities are taken without dropout, the update's would be with it"],
-                help="leave it out: a policy-gradient update has no dropout",
-            )  # fmt: skip
-
-
 def critic_warmup(problems: Problems, at: str, late: int, rollouts: int | None) -> None:
     """A critic warm-up that leaves the actor no rollout."""
     if late and rollouts is not None and late >= rollouts:

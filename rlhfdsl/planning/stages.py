@@ -127,7 +127,6 @@ def ppo(scope: Scope, block: Block, output: str) -> Json | None:
     checks.parts_have_rows(scope.problems, at, edges)
     course.rows_are_whole(scope.problems, at, edges)
 
-    course.actor_dropout(scope.problems, f"{at}.actor", actor)
     course.held_policy(scope.problems, at, block, reference)
 
     sequences = rollout["batch"] * rollout["answers"]

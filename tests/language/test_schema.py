@@ -21,7 +21,7 @@ from rlhfdsl.language.values import INVALID, fit, in_range
 TABLE = schema.table()
 TOOLS = (
     *("DeepSpeed", "DeepSpeed-Chat", "TRL", "OpenRLHF", "verl", "axolotl", "LLaMA-Factory"),
-    *("transformers", "accelerate"),
+    *("transformers", "accelerate", "peft"),
 )
 VALIDATOR = jsonschema.Draft202012Validator(TABLE)
 

@@ -299,6 +299,31 @@ def test_all_mistakes_come_at_once(shop):
     assert [d.code for d in found] == ["E0710", "E0706", "E0701", "E0703"]
 
 
+def lora(settings):
+    return sft(f"batch = 8, length = 64, lr = 1e-3\n  lora {{ {settings} }}\n")
+
+
+def test_adapters_find_a_layer(shop):
+    found = shop.problem(lora('rank = 4, targets = ["q_proj", "c_attn"]'))
+    assert said(found)[:2] == ("E0730", "no linear layer of llama is named `c_attn`")
+    assert found.help.startswith("its layers: self_attn.q_proj, ") and shop.text_at(found) == '["q_proj", "c_attn"]'
+    unknown = lora("rank = 4, targets = mlp").replace(TINY, 'model far { from = "someone/else" }\n')
+    unknown = unknown.replace("model.tiny", "model.far")
+    found = shop.problem(unknown)
+    assert said(found)[:2] == ("E0730", "planning does not know which layers of `model.far` are its mlp")
+    (stage,) = shop.plan(unknown.replace(", targets = mlp", ""))["stages"]
+    assert stage["engines"]["policy"]["lora"]["targets"] == "all-linear"
+
+
+def test_adapters_are_smaller_than_their_layers(shop):
+    found = shop.problem(lora("rank = 32"))
+    assert said(found) == (
+        "E0731", "an adapter of rank 32 is no smaller than `self_attn.q_proj`, which is 32 x 32",
+        "rank = 8 or less, or train the weights themselves: leave `lora` out",
+    )  # fmt: skip
+    assert shop.text_at(found) == "32"
+
+
 def test_every_code_has_a_test():
     """A code that no test of this file names was never seen."""
     from pathlib import Path
