@@ -1,4 +1,4 @@
-"""Lark's tree to ours, in syntax.py; unknown escapes and values nested too deep become diagnostics."""
+"""The parser's tree to ours, in syntax.py; unknown escapes and values nested too deep become diagnostics."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from lark import Token, Tree
-
 from rlhfdsl.language.diagnostics import Diagnostic, Span
+from rlhfdsl.language.lalr import Token, Tree
 from rlhfdsl.language.source import NESTING_LIMIT, SourceFile
 from rlhfdsl.language.syntax import (
     Attribute,
@@ -47,18 +46,16 @@ class _TooDeep(Exception):
 
 
 class Builder:
-    """Lark's tree to ours; unknown escapes and deep expressions become diagnostics."""
+    """The parser's tree to ours; unknown escapes and deep expressions become diagnostics."""
 
     def __init__(self, source: SourceFile, problems: list[Diagnostic]) -> None:
         self.source = source
         self.problems = problems
 
-    def span(self, node: Tree[Token] | Token) -> Span:
-        if isinstance(node, Token):
-            return Span(self.source.name, node.start_pos or 0, node.end_pos or 0)
-        return Span(self.source.name, node.meta.start_pos, node.meta.end_pos)
+    def span(self, node: Tree | Token) -> Span:
+        return Span(self.source.name, node.start_pos or 0, node.end_pos or 0)
 
-    def document(self, tree: Tree[Token] | None) -> Document:
+    def document(self, tree: Tree | None) -> Document:
         """The whole file."""
         blocks: list[BlockSyntax] = []
         params: list[Param] = []
@@ -94,21 +91,21 @@ class Builder:
             lost=not all(any(_inside(problem.span, block.span) for block in blocks) for problem in self.problems),
         )
 
-    def include(self, node: Tree[Token]) -> Include:
+    def include(self, node: Tree) -> Include:
         """`extends "path"`, or `import "path" as name`."""
         path, *names = node.children
         assert isinstance(path, Token)
         words = [self.word(name) for name in names if isinstance(name, Token)]
         return Include(self.text(path), words[0] if words else None, self.span(node))
 
-    def let(self, node: Tree[Token]) -> Let | None:
+    def let(self, node: Tree) -> Let | None:
         """`let name = value`."""
         name, value = node.children
         assert isinstance(name, Token) and isinstance(value, Tree)
         expression = self.value(value)
         return None if expression is None else Let(self.word(name), expression, self.span(node))
 
-    def profile(self, node: Tree[Token]) -> Profile:
+    def profile(self, node: Tree) -> Profile:
         """`profile name { path = value }`."""
         name, *members = node.children
         assert isinstance(name, Token)
@@ -116,7 +113,7 @@ class Builder:
         kept = tuple(member for member in settings if isinstance(member, Attribute))
         return Profile(self.word(name), kept, self.span(node), broken)
 
-    def override(self, node: Tree[Token]) -> Override:
+    def override(self, node: Tree) -> Override:
         """`override path { members }`."""
         path, *members = node.children
         assert isinstance(path, Tree)
@@ -126,14 +123,14 @@ class Builder:
     def word(self, token: Token) -> Word:
         return Word(str(token), self.span(token))
 
-    def param(self, node: Tree[Token]) -> Param:
+    def param(self, node: Tree) -> Param:
         name, types, default = node.children
         assert isinstance(name, Token) and isinstance(types, Tree)
         words = tuple(self.word(token) for token in types.children if isinstance(token, Token))
         value = self.value(default) if isinstance(default, Tree) else None
         return Param(self.word(name), words, value, self.span(node))
 
-    def block(self, node: Tree[Token]) -> BlockSyntax:
+    def block(self, node: Tree) -> BlockSyntax:
         """`kind labels from path { members }`."""
         kind, labels, copied, *members = node.children
         assert isinstance(kind, Token) and isinstance(labels, Tree)
@@ -152,7 +149,7 @@ class Builder:
         return BlockSyntax(self.word(kind), tuple(names), body, header, self.span(node), broken, source)
 
     def body(
-        self, members: Sequence[Tree[Token] | Token | None], layer: WrittenLayer
+        self, members: Sequence[Tree | Token | None], layer: WrittenLayer
     ) -> tuple[tuple[Member, ...], bool]:
         """The members that could be read, and whether one could not."""
         read = [
@@ -163,14 +160,14 @@ class Builder:
         kept = tuple(member for member in read if member is not None)
         return kept, len(kept) < len(members)
 
-    def attribute(self, node: Tree[Token], layer: WrittenLayer = "file") -> Attribute | None:
+    def attribute(self, node: Tree, layer: WrittenLayer = "file") -> Attribute | None:
         """`path = value`."""
         path, value = node.children
         assert isinstance(path, Tree) and isinstance(value, Tree)
         expression = self.value(value)
         return None if expression is None else Attribute(self.path(path), expression, self.span(node), layer)
 
-    def value(self, node: Tree[Token]) -> Expression | None:
+    def value(self, node: Tree) -> Expression | None:
         """A whole value, or None when it is too deep for the passes, which descend into it."""
         try:
             return self.expression(node)
@@ -179,7 +176,7 @@ class Builder:
             self.problems.append(Diagnostic("E0902", "error", message, self.span(node)))
             return None
 
-    def path(self, node: Tree[Token]) -> Path:
+    def path(self, node: Tree) -> Path:
         words = tuple(self.word(token) for token in node.children if isinstance(token, Token))
         return Path(words, self.span(node))
 
@@ -199,7 +196,7 @@ class Builder:
 
         return Text(_ESCAPE.sub(resolve, str(token)[1:-1]), span)
 
-    def expression(self, node: Tree[Token], depth: int = 0) -> Expression:
+    def expression(self, node: Tree, depth: int = 0) -> Expression:
         span = self.span(node)
         if depth > NESTING_LIMIT:
             raise _TooDeep
@@ -227,5 +224,5 @@ class Builder:
             return Operation("-", None, operands[0], span)
         return Operation(_OPERATORS[kind], operands[0], operands[1], span)
 
-    def expressions(self, nodes: Sequence[Tree[Token] | Token | None], depth: int) -> tuple[Expression, ...]:
+    def expressions(self, nodes: Sequence[Tree | Token | None], depth: int) -> tuple[Expression, ...]:
         return tuple(self.expression(node, depth + 1) for node in nodes if isinstance(node, Tree))

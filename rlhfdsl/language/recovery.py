@@ -2,7 +2,7 @@
 
 At an error the parser goes on as if a missing token stood there, where that is plain. Otherwise its stack is
 cut back to a state that accepts a broken statement (`_ERROR` in the grammar), and the text is skipped to that
-statement's end. This is the one module that touches lark's insides: its stacks and its line counter.
+statement's end.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lark import Lark, Token, Tree
-from lark.exceptions import UnexpectedInput, UnexpectedToken
-
 from rlhfdsl.language.diagnostics import Diagnostic
+from rlhfdsl.language.lalr import END, Parser, Token, Tree, Unexpected
 from rlhfdsl.language.source import SourceFile
 from rlhfdsl.language.wording import PIECE, Wording
 
@@ -36,34 +34,31 @@ _REPAIRS = {
 }
 
 
-def parse_all(lark: Lark, source: SourceFile, start: str) -> tuple[Tree[Token] | None, list[Diagnostic]]:
+def parse_all(source: SourceFile, start: str) -> tuple[Tree | None, list[Diagnostic]]:
     """Parse with recovery: the tree of what could be read (None for nothing), and every syntax error."""
-    recovery = _Recovery(lark, source, start)
+    recovery = _Recovery(source, start)
     return recovery.run(), recovery.wording.problems
 
 
 class _Recovery:
-    """One parse: lark's interactive parser, and what was said so far."""
+    """One parse: the parser, and what was said so far."""
 
-    def __init__(self, lark: Lark, source: SourceFile, start: str) -> None:
+    def __init__(self, source: SourceFile, start: str) -> None:
         self.text = source.text if source.text.endswith("\n") or start != "start" else source.text + "\n"
-        self.wording = Wording(lark, source, self.text)
-        self.interactive: Any = lark.parse_interactive(self.text, start=start)
-        self.parser = self.interactive.parser_state
-        self.states = self.parser.parse_conf.parse_table.states
+        self.wording = Wording(source, self.text)
+        self.parser = Parser(self.text, start)
 
-    def run(self) -> Tree[Token] | None:
+    def run(self) -> Tree | None:
         """Feed every token; at each error recover and go on, or give up with None."""
         while len(self.wording.problems) < _ERROR_LIMIT:
             try:
-                for token in self.interactive.lexer_thread.lex(self.parser):
-                    if token.column == 1 and token.type == "NAME":
+                while (token := self.parser.token()) is not None:
+                    if token.type == "NAME" and self.text[token.start_pos - 1 : token.start_pos] in ("", "\n"):
                         self.close_before(token)
-                    self.interactive.feed_token(token)
-                tree: Tree[Token] = self.interactive.feed_token(Token("$END", "", len(self.text)))
+                    self.parser.feed(token)
+                tree: Tree = self.parser.feed(Token(END, "", len(self.text)))
                 return tree
-            except UnexpectedInput as error:
-                error.interactive_parser = self.interactive
+            except Unexpected as error:
                 if not self.recover(error):
                     return None
         return None
@@ -71,7 +66,7 @@ class _Recovery:
     def innermost(self) -> Token | None:
         """The innermost bracket that is open; one whose closing bracket follows it on the stack is not."""
         closed = 0
-        for value in reversed(self.parser.value_stack):
+        for value in reversed(self.parser.values):
             if isinstance(value, Token) and value.type in _CLOSERS:
                 closed += 1
             elif isinstance(value, Token) and value.type in _OPENERS:
@@ -82,24 +77,23 @@ class _Recovery:
 
     def accepts(self, token: str) -> bool:
         """Whether the state on top has an action for a token."""
-        return token in self.states[self.parser.state_stack[-1]]
+        return token in self.parser.actions[self.parser.states[-1]]
 
     def pop(self) -> Any:
         """Take one state and its value off the stacks."""
-        self.parser.state_stack.pop()
-        return self.parser.value_stack.pop()
+        self.parser.states.pop()
+        return self.parser.values.pop()
 
-    def recover(self, error: UnexpectedInput) -> bool:
+    def recover(self, error: Unexpected) -> bool:
         """Describe the error and put the parser behind it; False gives up."""
         opener = self.innermost()
-        if isinstance(error, UnexpectedToken) and error.token.type == "$END":
+        if error.token is not None and error.token.type == END:
             if opener is None:
                 self.wording.describe(error)
                 return False
             self.wording.unclosed(opener)
             return self.close_blocks(len(self.text))
-        at = error.token.start_pos if isinstance(error, UnexpectedToken) else error.pos_in_stream
-        at = len(self.text) if at is None else at
+        at = error.at
         line = self.text.rfind("\n", 0, at) + 1
         fresh = not self.text[line:at].strip() and (_STATEMENT.match(self.text, line) or self.text[at] == "}")
         # A new statement on a new line inside an open list: the list is to blame, not the statement.
@@ -107,7 +101,7 @@ class _Recovery:
             self.wording.unclosed(opener)
             return self.skip(at, resume_here=True)
         code = self.wording.describe(error, opener)
-        if isinstance(error, UnexpectedToken) and self.repair(error.token, code):
+        if error.token is not None and self.repair(error.token, code):
             return True
         skipped = self.skip(at, resume_here=False)
         if code == "E0109" and skipped:
@@ -121,37 +115,36 @@ class _Recovery:
         rest = self.text[at:end].replace(" ", "")
         for _ in range(len(rest) - len(rest.rstrip("}"))):
             opener = self.innermost()
-            if opener is None or (opener.start_pos or 0) < line or not self.accepts("RBRACE"):
+            if opener is None or opener.start_pos < line or not self.accepts("RBRACE"):
                 break
-            self.interactive.feed_token(Token("RBRACE", "}", end, end_pos=end))
+            self.parser.feed(Token("RBRACE", "}", end, end))
 
     def repair(self, token: Token, code: str) -> bool:
         """Go on as if the token that is missing stood there, or the one too many did not."""
-        stacks = list(self.parser.state_stack), list(self.parser.value_stack)
-        at = token.start_pos or 0
+        stacks = list(self.parser.states), list(self.parser.values)
+        at = token.start_pos
         feed: list[Token] = []
         if code == "E0112" and token.type == "_NL":
             if self.text[at:].lstrip()[:1] != "{":
                 if not self.wording.deeper(at):
                     return False
-                feed = [Token("LBRACE", "{", at, end_pos=at), token]
+                feed = [Token("LBRACE", "{", at, at), token]
         elif code == "E0112":
-            if not isinstance(self.parser.value_stack[-1], Token):
+            if not isinstance(self.parser.values[-1], Token):
                 return False
             # `actor model = …, lr = … }`: what was read as a name is the first setting.
-            feed = [Token("LBRACE", "{", at, end_pos=at), self.pop(), token]
+            feed = [Token("LBRACE", "{", at, at), self.pop(), token]
         elif code in _REPAIRS:
             insert, keep = _REPAIRS[code]
-            feed = [Token(insert, "", at, end_pos=at)] if insert else []
+            feed = [Token(insert, "", at, at)] if insert else []
             feed += [token] if keep and token.type != "COMMA" else []
         else:
             return False
-        try:
-            for item in feed:
-                self.interactive.feed_token(item)
-        except (UnexpectedToken, AttributeError):
-            self.parser.state_stack[:], self.parser.value_stack[:] = stacks
+        if not self.parser.takes([item.type for item in feed]):
+            self.parser.states[:], self.parser.values[:] = stacks
             return False
+        for item in feed:
+            self.parser.feed(item)
         return True
 
     def skip(self, at: int, resume_here: bool) -> bool:
@@ -159,20 +152,20 @@ class _Recovery:
         depth = 0
         opener = self.innermost()
         whole = opener is None or opener.type == "LBRACE"
-        if whole and not resume_here and "_NL" in self.interactive.accepts():
+        if whole and not resume_here and "_NL" in self.parser.accepts():
             # What stands before is complete: it is kept, and only the rest of the line is dropped.
-            self.interactive.feed_token(Token("_NL", "\n", at, end_pos=at))
+            self.parser.feed(Token("_NL", "\n", at, at))
         while not self.accepts("_ERROR"):
-            if not self.parser.value_stack:
+            if not self.parser.values:
                 return False
             value = self.pop()
             if isinstance(value, Token):
                 depth += (value.type in _OPENERS) - (value.type in _CLOSERS)
         to = at if resume_here else self.end_of_statement(at, depth, self.accepts("RBRACE"))
-        self.move(to)
-        self.interactive.feed_token(Token("_ERROR", self.text[at:to], at, end_pos=to))
+        self.parser.at = to
+        self.parser.feed(Token("_ERROR", self.text[at:to], at, to))
         if resume_here:
-            self.interactive.feed_token(Token("_NL", "\n", at, end_pos=at))
+            self.parser.feed(Token("_NL", "\n", at, at))
         return True
 
     def end_of_statement(self, at: int, depth: int, in_body: bool) -> int:
@@ -195,33 +188,23 @@ class _Recovery:
             at = match.end()
         return at
 
-    def move(self, to: int) -> None:
-        """Set the lexer to an offset: forward, or back when it has already read past it."""
-        counter = self.interactive.lexer_thread.state.line_ctr
-        if counter.char_pos > to:
-            line, column = self.wording.source.position(to)
-            counter.char_pos, counter.line, counter.column = to, line, column
-            counter.line_start_pos = to - column + 1
-        else:
-            counter.feed(self.text[counter.char_pos : to])
-
     def close_before(self, token: Token) -> None:
         """Close the open blocks before a block that can only stand at the top level."""
         opener = self.innermost()
-        if opener is not None and _TOP.match(self.text, token.start_pos or 0):
+        if opener is not None and _TOP.match(self.text, token.start_pos):
             self.wording.unclosed(opener)
-            self.close_blocks(token.start_pos or 0)
+            self.close_blocks(token.start_pos)
 
     def close_blocks(self, at: int) -> bool:
         """Drop what is unfinished and close every block, so that all that was read is kept."""
         while self.innermost() is not None:
             if self.accepts("RBRACE"):
                 try:
-                    self.interactive.feed_token(Token("RBRACE", "}", at, end_pos=at))
+                    self.parser.feed(Token("RBRACE", "}", at, at))
                     continue
-                except UnexpectedToken:
+                except Unexpected:
                     pass
             self.pop()
         if self.accepts("_NL"):
-            self.interactive.feed_token(Token("_NL", "\n", at, end_pos=at))
+            self.parser.feed(Token("_NL", "\n", at, at))
         return True

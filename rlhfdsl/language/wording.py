@@ -6,10 +6,8 @@ import re
 from functools import cache
 from typing import Any
 
-from lark import Lark, Token
-from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
-
 from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Span
+from rlhfdsl.language.lalr import END, Parser, Token, Unexpected
 from rlhfdsl.language.source import SourceFile
 
 _TWO_NAMES = re.compile(r"[A-Za-z_]\w*[ \t]+[A-Za-z_]\w*[ \t]*\Z")
@@ -90,24 +88,23 @@ _NAMES = {
 
 
 @cache
-def _labels(lark: Lark) -> dict[tuple[int, str | None], str]:
+def _labels() -> dict[tuple[int, str | None], str]:
     table: dict[tuple[int, str | None], str] = {}
     for code, texts in _SAMPLES.items():
         for text in texts:
             try:
-                lark.parse(text, start="start")
-            except UnexpectedToken as error:
-                state = error.state.position
-                table.setdefault((state, error.token.type), code)
-                table.setdefault((state, None), code)
+                Parser(text, "start").run()
+            except Unexpected as error:
+                if error.token is not None:
+                    table.setdefault((error.position, error.token.type), code)
+                    table.setdefault((error.position, None), code)
     return table
 
 
 class Wording:
     """The diagnostics of one text; `problems` grows with each error that is described."""
 
-    def __init__(self, lark: Lark, source: SourceFile, text: str) -> None:
-        self.lark = lark
+    def __init__(self, source: SourceFile, text: str) -> None:
         self.source = source
         self.text = text
         self.problems: list[Diagnostic] = []
@@ -120,20 +117,18 @@ class Wording:
 
     def unclosed(self, opener: Token) -> None:
         """An opening bracket without its closing one."""
-        at = opener.start_pos or 0
-        self.add("E0107", f"this `{opener.value}` is never closed", at, at + 1, label="opened here")
+        at = opener.start_pos
+        self.add("E0107", f"this `{opener}` is never closed", at, at + 1, label="opened here")
 
-    def describe(self, error: UnexpectedInput, opener: Token | None = None) -> str:
-        """One diagnostic for one error of lark's, inside the open bracket `opener`; returns its code."""
-        if isinstance(error, UnexpectedCharacters):
-            self.describe_character(error.pos_in_stream or 0)
+    def describe(self, error: Unexpected, opener: Token | None = None) -> str:
+        """One diagnostic for one error of the parser's, inside the open bracket `opener`; returns its code."""
+        token, at = error.token, error.at
+        if token is None:
+            self.describe_character(at)
             return self.problems[-1].code
-        assert isinstance(error, UnexpectedToken)
-        token = error.token
-        at = len(self.text) if token.start_pos is None else token.start_pos
-        code = self.code(error, at, opener)
+        code = self.code(error, token.type, opener)
         start = self.end_of_code(at) if token.type == "_NL" else at
-        end = start + 1 if token.type in ("_NL", "$END") else token.end_pos or start
+        end = start + 1 if token.type in ("_NL", END) else token.end_pos
         if code in ("E0108", "E0110"):
             self.describe_character(start)
         elif code in _MESSAGES:
@@ -144,15 +139,15 @@ class Wording:
             self.add(code, message, start, end, label=label, help=help, fixes=fixes)
         else:
             what = {"_NL": "the line ends too early", "$END": "the text ends too early"}.get(token.type)
-            allowed = {_NAMES.get(name, f"`{name.lower()}`") for name in error.accepts or error.expected}
+            allowed = {_NAMES.get(name, f"`{name.lower()}`") for name in error.accepts}
             *most, last = sorted(allowed - {"`_error`"}) or [""]
             label = "expected " + (", ".join(most) + " or " if most else "") + last if last else ""
             self.add("E0101", what or f"`{token}` cannot stand here", start, end, label=label)
         return code
 
-    def code(self, error: UnexpectedToken, at: int, opener: Token | None) -> str:
-        """Which mistake it is: by the state and token, corrected where states of different places are one."""
-        token = error.token.type
+    def code(self, error: Unexpected, token: str, opener: Token | None) -> str:
+        """Which mistake it is: by state and terminal, corrected where states of different places are one."""
+        at = error.at
         in_list = opener is not None and opener.type != "LBRACE"
         touches = at > 0 and (self.text[at - 1].isalnum() or self.text[at - 1] == "_")
         after = self.text[at + 1 : at + 2]
@@ -164,10 +159,9 @@ class Wording:
             return "E0108"
         if token == "RBRACE" and opener is None:
             return "E0105"
-        table = _labels(self.lark)
-        state = error.state.position
+        table, state = _labels(), error.position
         code = table.get((state, token)) or table.get((state, None), "E0101")
-        if code == "E0101" and {"NUMBER", "STRING", "LSQB"} <= set(error.accepts or ()):
+        if code == "E0101" and error.accepts >= {"NUMBER", "STRING", "LSQB"}:
             code = "E0102"
         if code in ("E0103", "E0112") and token == "_NL":
             below = self.text[at:].lstrip()[:1] == "{"

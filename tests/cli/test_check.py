@@ -114,6 +114,14 @@ def test_what_is_no_bug(capsys, monkeypatch, error, code, text):
     assert found == code and text in err and "bug" not in err
 
 
+@pytest.mark.parametrize("verb", ["check", "fmt"])
+def test_what_takes_long_to_import_is_not(verb):
+    heavy = ("lark", "jsonschema", "rich", "torch", "transformers", "deepspeed", "yaml", "numpy")
+    code = f"import sys; from rlhfdsl.cli.main import main; main(['{verb}', {GOOD!r}]); print(*sys.modules, sep=chr(10))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not set(heavy) & set(done.stdout.split())
+
+
 def test_it_is_fast():
     """Under 250 ms, twice that on a busy machine: the best of five."""
     times = []

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
+from pathlib import Path as File
 
 import lark
 import pytest
+from corpus import CORPUS
 
-from rlhfdsl.language import _tables, tables
+from rlhfdsl.language import lalr, tables
 from rlhfdsl.language.parser import parse
-from rlhfdsl.language.resources import resource
 from rlhfdsl.language.source import SourceFile, examine
 from rlhfdsl.language.syntax import Attribute, BlockSyntax, Listing, Number, Operation, Path, Text, Word
 
@@ -172,19 +172,30 @@ def test_symbols_are_words():
 
 def test_the_grammar_has_no_conflict():
     pytest.importorskip("interegular")
-    tables.build(resource("grammar", "rlhf.lark").read_text(encoding="utf-8"), strict=True)
+    tables.build(tables.grammar(), strict=True)
 
 
 def test_the_tables_are_of_this_grammar():
-    text = resource("grammar", "rlhf.lark").read_text(encoding="utf-8")
-    assert hashlib.sha256(text.encode()).hexdigest() == _tables.GRAMMAR, (
+    assert (File(tables.__file__).with_name("_tables.py")).read_text(encoding="utf-8") == tables.generate(), (
         "write the tables anew: see tables.py"
     )
-    if lark.__version__ != _tables.LARK:
-        pytest.skip("the tables are of another lark, and are not used")
-    sample = 'model a { b = [1, "c", d.e], f { g = -1 * min(2, 3) } }\n'
-    built, loaded = tables.build(text), tables.load_parser()
-    assert loaded.parse(sample, start="start") == built.parse(sample, start="start")
+
+
+@pytest.mark.parametrize("path", sorted((CORPUS / "ok").glob("*.rlhf")), ids=lambda path: path.stem)
+def test_trees_are_as_lark_makes_them(path):
+    text = path.read_text(encoding="utf-8")
+
+    def plain(node):
+        if isinstance(node, lalr.Token | lark.Token):
+            return node.type, str(node), node.start_pos, node.end_pos
+        if node is None:
+            return None
+        meta = node if isinstance(node, lalr.Tree) else node.meta
+        place = getattr(meta, "start_pos", None), getattr(meta, "end_pos", None)
+        return str(node.data), place, [plain(child) for child in node.children]
+
+    built = tables.build(tables.grammar())
+    assert plain(lalr.Parser(text, "start").run()) == plain(built.parse(text, start="start"))
 
 
 @pytest.mark.parametrize(
