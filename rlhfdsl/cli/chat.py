@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rlhfdsl.cli.common import show_user_error
-from rlhfdsl.cli.planned import read_plan
+from rlhfdsl.cli.saving import read_plan
 from rlhfdsl.language.diagnostics import UserError, first_line
 
 HELP = "talk to a trained policy"

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from rlhfdsl.cli.common import ERROR, OK, fail
-from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline, make_plan
-from rlhfdsl.language import as_json
+from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
+from rlhfdsl.cli.planned import Planned, add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
+from rlhfdsl.language import UserError, as_json
+from rlhfdsl.planning import saved
 
 HELP = "what a run would do: stages, updates, memory, data and files"
 
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     parser.add_argument(
-        "-o", dest="output", type=Path, metavar="FILE", help="save the plan; `rlhf run` takes it"
+        "-o", dest="output", type=Path, metavar="FILE", help="save the plan for `rlhf run` (.rhplan; .json to read it)"
     )
 
 
@@ -41,14 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if planned.plan is None:
         return ERROR
     text = to_json(planned.plan)
-    if args.output is not None:
-        from rlhfdsl.planning.validate import validate_plan
-
-        validate_plan(planned.plan)
-        try:
-            args.output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            fail(f"{args.output}: {error.strerror}")
+    if args.output is not None and not _save(args, planned, text):
+        return ERROR
     if args.format == "json":
         sys.stdout.write(text)
     else:
@@ -58,8 +53,34 @@ def run(args: argparse.Namespace) -> int:
         if args.fit:
             sys.stdout.write("\n" + layout(planned.plan))
         if args.output is not None:
-            print(f"Saved; run exactly this with: rlhf run {args.output}")
+            print(f"Saved; run exactly this with: rlhf run {args.output}{_base(args)}")
     return OK
+
+
+def _save(args: argparse.Namespace, planned: Planned, text: str) -> bool:
+    """Write the plan: as JSON to a .json file, else with recipe and lock so that `run` can hold it against them."""
+    from rlhfdsl.planning.validate import validate_plan
+
+    plan, recipe, target = planned.plan, planned.compilation.recipe, planned.target
+    assert plan is not None and recipe is not None and target is not None
+    validate_plan(plan)
+    try:
+        data = text.encode()
+        if args.output.suffix != ".json":
+            data = saved.make(saved.PLAN, recipe, plan, planned.locked, target, compiled_with(args))
+        args.output.write_bytes(data)
+    except UserError as error:
+        show_user_error(error, recipe)
+        return False
+    except OSError as error:
+        fail(f"{args.output}: {error.strerror}")
+    return True
+
+
+def _base(args: argparse.Namespace) -> str:
+    """The option that a plan saved in another folder than the recipe's needs, since input paths are relative."""
+    folder = Path(args.file).resolve().parent
+    return "" if args.output.resolve().parent == folder else f" --base {Path(args.file).parent}"
 
 
 def to_json(plan: dict[str, object]) -> str:

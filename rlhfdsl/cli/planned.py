@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import Any
 from rlhfdsl.cli.common import ERROR, add_recipe_options, compile_recipe, fail, say, show
 from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
 from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock
-from rlhfdsl.planning.validate import validate_plan
 
 Json = dict[str, Any]
 
@@ -30,6 +28,8 @@ class Planned:
     compilation: Compilation
     plan: Json | None
     diagnostics: tuple[Diagnostic, ...]
+    target: hardware.Target | None = None
+    locked: Json = field(default_factory=lock.empty)
     made: list[str] = field(default_factory=list)
     stale: list[lock.Change] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
@@ -77,28 +77,24 @@ def plan_recipe(args: argparse.Namespace) -> tuple[Recipe, Json]:
     return planned.compilation.recipe, planned.plan
 
 
+def compiled_with(args: argparse.Namespace) -> Json:
+    """The options of a recipe's compilation, as a saved plan keeps them. `compile_recipe` checked the form of -p."""
+    params = {name: value for name, _, value in (text.partition("=") for text in args.param)}
+    fit = bool(getattr(args, "fit", False))
+    return {"params": params, "profile": args.profile, "sets": list(args.sets), "fit": fit}
+
+
 def plan_or_recipe(file: str, args: argparse.Namespace) -> Json | None:
     """A saved plan, or the plan of a recipe with the facts that its lock has; None after an error that was shown."""
+    from rlhfdsl.cli import saving
+
+    if saving.is_saved(Path(file)):
+        return saving.read_saved(Path(file)).plan
     if file.endswith(".json"):
-        return read_plan(Path(file))
+        return saving.read_plan(Path(file))
     planned = make_plan(argparse.Namespace(**(vars(args) | {"file": file})), make_facts=False)
     planned.show()
     return planned.plan
-
-
-def read_plan(path: Path) -> Json:
-    """A saved plan, valid by its schema. Exits 2 when the file is no JSON object; raises UserError when it is another
-    format's or not of the schema."""
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    except ValueError as error:
-        fail(f"{path} is not a plan: {error}")
-    if not isinstance(plan, dict):
-        fail(f"{path} is not a plan: it holds no JSON object")
-    validate_plan(plan)
-    return plan
 
 
 def make_plan(
@@ -122,9 +118,9 @@ def make_plan(
     target = target_of(recipe, args)
     if isinstance(target, Diagnostic):
         return Planned(compilation, None, (*compilation.diagnostics, target))
-    known = _known(recipe)
+    known = checkpoints.of_recipe(recipe, recipe.path.parent)
     bare, found = compile(recipe, lock.empty(), target, known=known, fit=fit)
-    out = Planned(compilation, bare, (*compilation.diagnostics, *found))
+    out = Planned(compilation, bare, (*compilation.diagnostics, *found), target)
     if bare is None or not use_lock:
         return out
     path = recipe.path.parent / lock.NAME
@@ -133,6 +129,7 @@ def make_plan(
     except UserError as error:
         out.plan, out.diagnostics = None, (*compilation.diagnostics, error.diagnostic(None))
         return out
+    out.locked = locked
     frozen, strict = getattr(args, "frozen", False), getattr(args, "locked", False)
     out.other = lock.made_here(locked)
     # Stale facts go before they are planned with: what they say may be wrong by now.
@@ -162,6 +159,7 @@ def make_plan(
         out.plan, out.diagnostics = None, (*out.diagnostics, error.diagnostic(recipe))
         return out
     out.missing = []
+    locked = out.locked = lock.read(path)  # in the order of the file, so that equal plans have equal bytes
     plan, found = compile(recipe, locked, target, known=known, fit=fit)
     out.plan, out.diagnostics = plan, (*compilation.diagnostics, *found)
     return out
@@ -184,18 +182,6 @@ def target_of(recipe: Recipe, args: argparse.Namespace) -> hardware.Target | Dia
         return hardware.resolve(flags, written, hardware.detect() if asks else hardware.CPU)
     except UserError as error:  # of a profile
         fail(f"{error.message}; {error.help}")
-
-
-def _known(recipe: Recipe) -> Json:
-    """The numbers of models that lie in directories, by address; a lock's facts are stronger."""
-    folder = recipe.path.parent
-    return {
-        block.address: found
-        for block in recipe.of_kind("model")
-        if block["from"] is not None
-        and block["from"].path is not None
-        and (found := checkpoints.numbers(folder / block["from"].path)) is not None
-    }
 
 
 def _make(plan: Json, locked: Json, path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""`rlhf run`: execute a recipe, or a plan that was saved as JSON."""
+"""`rlhf run`: execute a recipe, a saved plan or a bundle."""
 
 from __future__ import annotations
 
@@ -7,35 +7,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhfdsl.cli.common import fail, show_user_error
-from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline, plan_recipe, read_plan
+from rlhfdsl.cli.common import show_user_error
+from rlhfdsl.cli.opened import given
+from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline
 from rlhfdsl.language import Recipe
 from rlhfdsl.language.diagnostics import UserError
-from rlhfdsl.planning.validate import validate_plan
 
-HELP = "run a recipe or a saved plan; finished stages are not run again"
+HELP = "run a recipe, a saved plan or a bundle; finished stages are not run again"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="a recipe (.rlhf) or a plan (.json)")
+    parser.add_argument("file", type=Path, help="a recipe (.rlhf), a saved plan (.rhplan, .json) or a bundle (.rlhfb)")
     add_plan_options(parser)
     add_lock_options(parser)
     parser.add_argument("--base", type=Path, help="folder of a saved plan's inputs (default: its own)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the run writes, in place of the recipe's")
+    parser.add_argument("--sha256", metavar="HEX", help="refuse a saved plan or bundle with another hash")
 
 
 def run(args: argparse.Namespace) -> int:
     go_offline(args)
     recipe: Recipe | None = None
-    base = args.file.parent
-    if args.file.suffix == ".json":
-        plan = read_plan(args.file)
-        base = args.base or base
-    elif args.base is not None:
-        fail("--base is for a saved plan; the paths of a recipe are relative to its own folder")
-    else:
-        recipe, plan = plan_recipe(args)
-        validate_plan(plan)
     try:
+        recipe, plan, base = given(args)
         check_target(plan)
         from rlhfdsl.running.display import Display
         from rlhfdsl.running.supervisor import execute

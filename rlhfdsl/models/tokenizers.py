@@ -55,6 +55,7 @@ _FIXED_DATE = (
 
 _BUFFERS = re.compile(r"(\.attn|\.attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 _SCALAR_HEADS = re.compile(r"^(score|v_head|value_head|classifier|classification_head)\.")
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
@@ -233,7 +234,7 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
             config = _local_config(Path(source), named, at)
             weights = _weight_files(Path(source), named, at)
             tensors = (_header(path, f"{named}/{path.name}", at) for path in weights)
-            others = (Path(source) / name for name in ("config.json", "generation_config.json"))
+            others = (Path(source) / name for name in _MODEL_FILES)
             files |= pin(named, Path(source), [*others, *weights])
         else:
             if not any(name.endswith(".safetensors") for name in hub[source]["files"]):

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlhfdsl.language.recipe import Recipe
+
 _TIED = frozenset({"opt", "gpt2", "bloom", "gemma2", "gemma3_text"})  # whose class ties the output by default
 _NAMES = {
     "layers": ("num_hidden_layers", "n_layer"),
@@ -23,6 +25,20 @@ _NAMES = {
     "embed": ("word_embed_proj_dim",),
 }
 LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library allows
+
+
+def of_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The numbers of models that lie in directories, by address; a lock's facts are stronger.
+
+    folder: what the paths of the recipe are relative to.
+    """
+    return {
+        block.address: found
+        for block in recipe.of_kind("model")
+        if block["from"] is not None
+        and block["from"].path is not None
+        and (found := numbers(folder / block["from"].path)) is not None
+    }
 
 
 def numbers(directory: Path) -> dict[str, Any] | None:
