@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     for change in planned.stale:
         print(f"changed  {change.name}")
     if not planned.made:
-        for difference in planned.other:
+        for difference in lock.made_here(planned.locked):
             print(f"differs  {difference}")
     for address in planned.missing:
         print(f"missing  {address}")

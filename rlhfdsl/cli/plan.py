@@ -10,7 +10,6 @@ from pathlib import Path
 from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
 from rlhfdsl.cli.planned import Planned, add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.language import UserError, as_json
-from rlhfdsl.planning import saved
 
 HELP = "what a run would do: stages, updates, memory, data and files"
 
@@ -59,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _save(args: argparse.Namespace, planned: Planned, text: str) -> bool:
     """Write the plan: as JSON to a .json file, else with recipe and lock so that `run` can hold it against them."""
+    from rlhfdsl.planning import saved
     from rlhfdsl.planning.validate import validate_plan
 
     plan, recipe, target = planned.plan, planned.compilation.recipe, planned.target

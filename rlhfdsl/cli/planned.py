@@ -21,7 +21,6 @@ class Planned:
     """A recipe as far as it could be planned: `plan` is None when `diagnostics` hold an error.
 
     made: addresses whose facts were made now. stale: files that changed since their facts were made.
-    other: what differs between the packages that made the lock and those here, as sentences.
     missing: addresses without facts, when none were to be made.
     """
 
@@ -32,7 +31,6 @@ class Planned:
     locked: Json = field(default_factory=lock.empty)
     made: list[str] = field(default_factory=list)
     stale: list[lock.Change] = field(default_factory=list)
-    other: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def show(self) -> None:
@@ -131,7 +129,6 @@ def make_plan(
         return out
     out.locked = locked
     frozen, strict = getattr(args, "frozen", False), getattr(args, "locked", False)
-    out.other = lock.made_here(locked)
     # Stale facts go before they are planned with: what they say may be wrong by now.
     out.stale = [] if frozen else lock.drop_stale(locked, bare, path.parent)
     if upgrade:
@@ -143,7 +140,7 @@ def make_plan(
     edges, models = lock.missing(plan)
     out.missing = [address for address, _ in (*models, *edges)]
     if frozen or strict:
-        for difference in out.other:
+        for difference in lock.made_here(locked):
             say(f"{lock.NAME} was made by other versions: {difference}")
         refusal = lock.refusal(out.stale, out.missing)
         if refusal is not None:

@@ -9,7 +9,6 @@ for new facts and never meets old ones. Nothing of the hardware is in the lock.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -198,6 +197,8 @@ def _public_versions() -> dict[str, str]:
 
 def packages() -> dict[str, str]:
     """The installed versions of the packages that rows, weights or metrics depend on; nothing is imported."""
+    import importlib.metadata  # slow, and no plan needs it
+
     found = {}
     for name in PACKAGES:
         try:
