@@ -27,6 +27,13 @@ def nested(block: Block) -> Iterator[Block]:
         yield from nested(inner)
 
 
+def on_policy(blocks: Blocks) -> Iterator[Block]:
+    """The stages whose policy learns from its own answers."""
+    for block in blocks.values():
+        if block.kind == "stage" and "actor" in definition(block.type).blocks:
+            yield block
+
+
 def tokens(blocks: Blocks) -> Found:
     """`16k` tokens are 16 000; contexts are powers of two."""
     for block in (inner for top in blocks.values() for inner in nested(top)):
@@ -44,8 +51,8 @@ def tokens(blocks: Blocks) -> Found:
 
 
 def pull(blocks: Blocks) -> Found:
-    """PPO with a KL factor of 0 forgets what it began as."""
-    for stage in (block for block in blocks.values() if block.type == "stage.ppo"):
+    """A policy that learns from its own answers with a KL factor of 0 forgets what it began as."""
+    for stage in on_policy(blocks):
         kl = stage.blocks.get("kl")
         if kl is not None and kl["coef"] == 0 and kl["target"] is None:
             message = "with `coef = 0` nothing pulls the policy to its start"
@@ -54,8 +61,8 @@ def pull(blocks: Blocks) -> Found:
 
 
 def dropout(blocks: Blocks) -> Found:
-    """PPO compares log-probabilities of one policy, so it answers the same twice."""
-    for stage in (block for block in blocks.values() if block.type == "stage.ppo"):
+    """The ratio compares log-probabilities of one policy, so it has to answer the same twice."""
+    for stage in on_policy(blocks):
         actor = stage.blocks.get("actor")
         for block in () if actor is None else (actor, actor.blocks.get("lora")):
             if block is not None and isinstance(block["dropout"], float) and block["dropout"] > 0:

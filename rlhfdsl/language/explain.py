@@ -41,12 +41,13 @@ def explain(compilation: Compilation, address: str) -> Json | None:
 
 def describe_type(path: str) -> Json | None:
     """The facts of the table alone about a type or an attribute: `stage.ppo.kl`, `stage.ppo.kl.coef`."""
-    if path in schema.types():
-        return type_facts(path)
+    if (type_ := schema.find(path)) is not None:
+        return type_facts(type_)
     parent, _, name = path.rpartition(".")
-    if parent in schema.types() and name in schema.definition(parent).attributes:
-        attr = schema.definition(parent).attributes[name]
-        required = name in schema.definition(parent).required
+    type_ = schema.find(parent)
+    if type_ is not None and name in schema.definition(type_).attributes:
+        attr = schema.definition(type_).attributes[name]
+        required = name in schema.definition(type_).required
         return {"what": "attribute", "address": path} | attribute_facts(attr, required)
     return None
 

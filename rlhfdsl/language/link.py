@@ -222,7 +222,8 @@ class _Linker:
             )
             self.report("E0603", message, setting.span, secondary=places, help=help)
             return False
-        facets = {"stage.ppo": ["ema", "critic"]}.get(target.type, [])
+        made_beside = {"ema": "actor", "critic": "critic"}
+        facets = [name for name, engine in made_beside.items() if engine in schema.definition(target.type).blocks]
         if facet is None:
             return True
         if facet not in facets:

@@ -13,7 +13,8 @@ from rlhfdsl.language.suggest import either, listed, nearest
 _READS = {
     "sft": ("chat", "preference", "text"),
     "reward": ("preference",),
-    "ppo": ("preference", "chat", "prompt"),
+    "dpo": ("preference",),
+    **dict.fromkeys(("ppo", "grpo", "rloo"), ("preference", "chat", "prompt")),
     "ptx": ("text", "chat", "preference"),
 }
 COLUMNS = {

@@ -108,8 +108,8 @@ def stage_kinds() -> tuple[str, ...]:
 
 @cache
 def types() -> tuple[str, ...]:
-    """The types of all blocks."""
-    return tuple(name for name in table()["$defs"] if name != "engine")
+    """The types of all blocks. A definition without a title is a group of attributes that several types include."""
+    return tuple(name for name, data in table()["$defs"].items() if "title" in data)
 
 
 @cache
@@ -129,6 +129,15 @@ def definition(type_: str) -> Definition:
     attributes = {name: _attr(name, value) for name, value in properties.items() if "$ref" not in value}
     free = _attr("", data["additionalProperties"]) if data.get("x-free") else None
     return Definition(type_, data["title"], data.get("x-label"), attributes, blocks, free, data)
+
+
+def find(path: str) -> str | None:
+    """The type that a path of blocks leads to: `stage.grpo.reward` is the type `stage.ppo.reward`; None for none."""
+    if path in types():
+        return path
+    parent, _, name = path.rpartition(".")
+    outer = find(parent) if parent else None
+    return definition(outer).blocks.get(name, (None,))[0] if outer is not None else None
 
 
 def _attr(name: str, value: Mapping[str, Any]) -> Attr:

@@ -123,25 +123,29 @@ def context(problems: Problems, model: Model, length: int, at: str, words: str) 
     )  # fmt: skip
 
 
-def same_tokens(problems: Problems, actor: Model, other: Model, actor_at: str, part: Part) -> None:
-    """Tokenizer and template of another model of the stage against the actor's, by their locked digests."""
+def same_tokens(problems: Problems, first: Model, other: Model, whose: tuple[str, str], part: Part) -> None:
+    """Tokenizer and template of another model of a stage against those of its first, by their locked digests.
+
+    whose: the place where the first is named, and what it is called (`stage.ppo.actor.model`, `actor`).
+    """
+    first_at, name_of_first = whose
     at = f"{part.at}.model"
-    mine, theirs = actor.entry, other.entry
+    mine, theirs = first.entry, other.entry
     if mine["facts"] is not None and theirs["facts"] is not None:
         for name, code, word in (("tokenizer", "E0707", "tokenizer"), ("template", "E0708", "chat template")):
             if mine["facts"][name] != theirs["facts"][name]:
                 problems.report(
-                    code, f"the {part.name}'s {word} is not the actor's", at,
+                    code, f"the {part.name}'s {word} is not the {name_of_first}'s", at,
                     label=f"{other.address}: {_short(theirs['facts'][name])}",
-                    also=[(actor_at, f"{actor.address}: {_short(mine['facts'][name])}")],
+                    also=[(first_at, f"{first.address}: {_short(mine['facts'][name])}")],
                     help=_agree(name),
                 )  # fmt: skip
                 return
     elif "bytes" in (mine["tokenizer"], theirs["tokenizer"]) and mine["tokenizer"] != theirs["tokenizer"]:
         problems.report(
-            "E0707", f"the {part.name}'s tokenizer is not the actor's", at,
+            "E0707", f"the {part.name}'s tokenizer is not the {name_of_first}'s", at,
             label=f"{other.address}: {_tokenizer(theirs)}",
-            also=[(actor_at, f"{actor.address}: {_tokenizer(mine)}")], help=_agree("tokenizer"),
+            also=[(first_at, f"{first.address}: {_tokenizer(mine)}")], help=_agree("tokenizer"),
         )  # fmt: skip
 
 

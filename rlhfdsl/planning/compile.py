@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import entries, stages, timing
+from rlhfdsl.planning import entries, onpolicy, stages, timing
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.placing import Scope, base_of
 from rlhfdsl.planning.problems import Problems
@@ -48,7 +48,7 @@ def compile(
     output = recipe.block["output"]
     planned = []
     for block in recipe.stages:
-        make = stages.ppo if block.type == "stage.ppo" else stages.supervised
+        make = onpolicy.on_policy if "actor" in block.blocks else stages.supervised
         planned.append(make(scope, block, f"{output}/{block.address.removeprefix('stage.')}"))
     if problems.failed:
         return None, tuple(problems.found)
@@ -84,7 +84,7 @@ def _time(planned: list[Any], models: Mapping[str, entries.Model], target: Targe
     notes += [
         f"{stage['address']}: at ZeRO 3 all weights are gathered anew for each token that is sampled"
         for stage in planned
-        if stage["kind"] == "ppo" and stage["engines"]["actor"]["zero"] == 3
+        if "actor" in stage["engines"] and stage["engines"]["actor"]["zero"] == 3
         and (stage["memory"]["engines"]["actor"]["parameters"] or 0) > _live(stage["engines"]["actor"])
     ]  # fmt: skip
     return {"seconds": seconds, "price": price, "cost": cost, "assumptions": notes}
@@ -130,12 +130,13 @@ def _longest(recipe: Recipe) -> dict[str, int]:
     out: dict[str, int] = {}
     for block in recipe.stages:
         users = [block]
-        if block.type == "stage.ppo":
+        if "actor" in block.blocks:
             rollout = block.blocks["rollout"]
             length = rollout["prompt"] + rollout["answer"]
             users = [block.blocks[n] for n in ("actor", "critic", "ref", "reward") if n in block.blocks]
         else:
             length = block["length"]
+            users += [block.blocks["ref"]] if "ref" in block.blocks else []
         for user in users:
             if user["model"] is not None:
                 base = base_of(recipe, user["model"])

@@ -185,7 +185,7 @@ class Wanted:
 
     reference: Reference
     part: str  # of a blend, when the reference names none
-    reader: str  # "sft", "reward", "ppo" or "ptx"
+    reader: str  # "sft", "pairs", "prompts" or "ptx"
     length: int
     overlong: str
     loss: str | None
@@ -219,8 +219,8 @@ def edge(want: Wanted, model: Model, recipe: Recipe, lock: Mapping[str, Any]) ->
 
 def _read(reader: str, formats: set[str]) -> str:
     """What rows are read as. Plain text beside conversations is one, and each of its tokens is learned."""
-    if reader == "ppo":
+    if reader == "prompts":
         return "prompt"
-    if reader == "reward":
+    if reader == "pairs":
         return "preference"
     return "text" if formats == {"text"} else "chat"

@@ -199,7 +199,7 @@ def _place(
         resident = sum(s.lasting for s in known) + sum(averages.values())
     usable = int(target.memory * memory.USABLE) if target.memory is not None else None
     room = usable - resident if usable is not None and resident is not None else None
-    scores = rollout is not None
+    scores = any(not n.trains for n in needs)
     placed: list[Placement] = []
     for n in needs:
         if n.shares is not None:  # with the micro batches of its engine its numbers are those of the frozen base

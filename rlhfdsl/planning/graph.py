@@ -70,7 +70,7 @@ def _nodes(plan: Json) -> dict[str, tuple[str, list[str]]]:
         for name in arrow[:2]:
             if name in stages:
                 batch = stages[name]["batch"]
-                unit = "rollouts" if stages[name]["kind"] == "ppo" else "updates"
+                unit = "rollouts" if "rollouts" in batch else "updates"
                 count = "" if batch[unit] is None else f"{batch[unit]} {unit}"
                 out[name] = ("stage", [name, *([count] if count else [])])
             elif name in plan["models"]:

@@ -64,7 +64,7 @@ def base_of(recipe: Recipe, reference: Reference) -> str:
     block = recipe.blocks[reference.address]
     while block.kind == "stage":
         inner = block
-        if block.type == "stage.ppo":
+        if "actor" in block.blocks:
             inner = block.blocks["critic" if reference.facet == "critic" else "actor"]
         reference = inner["model"]
         block = recipe.blocks[reference.address]

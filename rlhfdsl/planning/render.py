@@ -58,11 +58,11 @@ def _overview(plan: Json) -> list[str]:
     rows = []
     for stage in plan["stages"]:
         batch = stage["batch"]
-        if stage["kind"] == "ppo":
+        if "rollouts" in batch:
             what = f"{_number(batch['rollouts'])} rollouts of {_number(batch['prompts'])} prompts"
             what += f", {_number(batch['updates'])} updates"
         else:
-            item = "pairs" if stage["kind"] == "reward" else "sequences"
+            item = "sequences" if stage["kind"] == "sft" else "pairs"
             what = f"{_number(batch['updates'])} updates of {_number(batch['batch'])} {item}"
         time = stage["time"]
         about = "" if time is None or time["seconds"] is None else f"~ {_duration(time['seconds'])}"
@@ -146,7 +146,7 @@ def _time(stage: Json) -> list[str]:
     if time is None:
         return []
     each = time["each"]
-    unit = "rollout" if stage["kind"] == "ppo" else "update"
+    unit = "rollout" if "rollouts" in stage["batch"] else "update"
     parts = f" = {' + '.join(f'{name} {_duration(value)}' for name, value in each.items())}" if len(each) > 1 else ""
     whole = "" if time["seconds"] is None else f"; ~ {_duration(time['seconds'])} in all"
     return [f"  time      ~ {_duration(sum(each.values()))} for each {unit}{parts}{whole} (estimate)"]
@@ -155,7 +155,7 @@ def _time(stage: Json) -> list[str]:
 def _batch(stage: Json) -> list[str]:
     batch = stage["batch"]
     world = batch["world"]
-    if stage["kind"] == "ppo":
+    if "rollouts" in batch:
         actor = stage["engines"]["actor"]
         train = batch["minibatch"] // world
         lines = [
@@ -170,7 +170,7 @@ def _batch(stage: Json) -> list[str]:
             each = f"{world} x {ptx['per_rank']}"
             lines.append(f"  ptx       {ptx['batch']} sequences = {each}, micro {ptx['micro']}")
         return lines
-    item = "pairs" if stage["kind"] == "reward" else "sequences"
+    item = "sequences" if stage["kind"] == "sft" else "pairs"
     return [
         f"  batch     {_number(batch['batch'])} {item} = {world} x micro {batch['micro']} x accum "
         f"{batch['accumulation']}",

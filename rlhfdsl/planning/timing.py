@@ -26,14 +26,14 @@ SUM_BYTES = 10  # for each parameter and micro batch: a gradient added to its fp
 
 @dataclass(frozen=True, slots=True)
 class Supervised:
-    """One update of an sft or reward stage: rows of `length` tokens on average."""
+    """One update of an sft, reward or dpo stage: rows of `length` tokens on average."""
 
     length: float
 
 
 @dataclass(frozen=True, slots=True)
-class Ppo:
-    """One rollout of a ppo stage on one device: `sequences` of `prompt` + `answer` tokens on average.
+class OnPolicy:
+    """One rollout of a ppo, grpo or rloo stage on one device: `sequences` of `prompt` + `answer` tokens on average.
 
     updates: optimizer updates; passes: times that each sequence is trained on; ptx: rows of `length` tokens at the
     ptx batch of each update.
@@ -48,11 +48,14 @@ class Ppo:
     length: int
 
 
-Work = Supervised | Ppo
+Work = Supervised | OnPolicy
 
 
 def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
-    """Seconds of one update (sft, reward) or one rollout (ppo) by phase; None when a number or rate is unknown."""
+    """Seconds by phase of one update or, of a policy that learns from its own answers, one rollout.
+
+    None when a number or rate is unknown.
+    """
     engines = {}
     for placement in fit.engines:
         rates = target.rates(placement.need.dtype)
@@ -60,12 +63,19 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
             return None
         engines[placement.need.name] = _Clock(placement, placement.need.shape, rates, target)
     if isinstance(work, Supervised):
-        (engine,) = engines.values()
-        need = engine.placed.need
-        return {"train": engine.update(need.per_rank * need.sequences, work.length, 1)}
+        times = {}
+        for engine in engines.values():
+            need = engine.placed.need
+            rows = need.per_rank * need.sequences
+            if need.trains:
+                times["train"] = engine.update(rows, work.length, 1)
+            else:
+                times["score"] = engine.passes(rows, work.length, train=False)
+        return times
     whole = work.prompt + work.answer
-    actor, critic = engines["actor"], engines["critic"]
-    train = sum(e.update(work.sequences * work.passes, whole, work.updates) for e in (actor, critic))
+    actor = engines["actor"]
+    learning = [engine for engine in engines.values() if engine.placed.need.trains]
+    train = sum(e.update(work.sequences * work.passes, whole, work.updates) for e in learning)
     if work.ptx:
         train += actor.passes(work.ptx * work.updates, work.length, train=True)
     return {

@@ -131,7 +131,7 @@ def _numbers(event: Event) -> dict[str, float]:
 
 
 def _total(stage: dict[str, Any]) -> int:
-    return int(stage["batch"]["rollouts" if stage["kind"] == "ppo" else "updates"])
+    return int(stage["batch"]["rollouts" if "rollouts" in stage["batch"] else "updates"])
 
 
 def _short(number: float) -> str:

@@ -106,6 +106,7 @@ def test_defaults_that_depend_on_what_is_written():
     assert sft is not None and (sft["steps"], sft["epochs"]) == (100, None)
     assert [stage.address for stage in recipe.stages] == [
         "stage.sft", "stage.reward", "stage.short", "stage.again", "stage.long", "stage.more",
+        "stage.pairs", "stage.twice", "stage.groups", "stage.others",
     ]  # fmt: skip
     mix = recipe.find("blend.chat.mix.reward")
     assert mix is not None and mix.name == "reward" and list(mix.settings) == ["own"]

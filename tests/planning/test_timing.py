@@ -7,7 +7,7 @@ from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.fit import Need, Rollout, fit
 from rlhfdsl.planning.hardware import MIB, Target
 from rlhfdsl.planning.rates import Rates, of_catalog, of_profile
-from rlhfdsl.planning.timing import Ppo, Supervised, seconds
+from rlhfdsl.planning.timing import OnPolicy, Supervised, seconds
 
 H100 = Target("cuda", "h100-80g", 81559 * MIB, 1, 1, "--gpu")
 
@@ -28,7 +28,7 @@ def iteration(batch):
     models = {"actor": "1.3b", "critic": "350m", "ref": "1.3b", "reward": "350m"}
     needs = [need(name, f"facebook/opt-{size}", batch, 512, micro=16) for name, size in models.items()]
     placed = fit(needs, Rollout(batch, 256, 512), H100)
-    return seconds(placed, Ppo(batch, 256, 256, 1, 1, 0, 512), H100)
+    return seconds(placed, OnPolicy(batch, 256, 256, 1, 1, 0, 512), H100)
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(16, 1095), (64, 3472), (128, 7606)])

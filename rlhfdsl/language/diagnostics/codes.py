@@ -54,7 +54,7 @@ CODES = {
     "E0315": "a division by zero",
     "E0316": "a number must divide another one and does not",
     "E0317": "a path is written as a hub id",
-    "E0318": "the actor of PPO has dropout",
+    "E0318": "an actor has dropout",
     "E0319": "a text looks like an access token",
     "E0320": "a key of DeepSpeed's configuration is one that the plan derives",
     "E0321": "a key of DeepSpeed's configuration has no part in a run",
