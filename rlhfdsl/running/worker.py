@@ -54,7 +54,7 @@ def run_stage(plan: dict[str, Any], stage: dict[str, Any], base: Path) -> dict[s
     from deepspeed.utils import logger
 
     from rlhfdsl.engines import distributed
-    from rlhfdsl.training import ppo, reward, sft
+    from rlhfdsl.training import dpo, grpo, ppo, reward, rloo, sft
     from rlhfdsl.training.context import Context
 
     logger.setLevel(logging.WARNING)
@@ -66,7 +66,8 @@ def run_stage(plan: dict[str, Any], stage: dict[str, Any], base: Path) -> dict[s
     report = MetricsWriter(directory / "metrics.jsonl") if main_rank else _ignore
     torch.manual_seed(stage["seed"] + 100_003 * distributed.rank())
     context = Context(plan, stage, base, directory, device, report)
-    run = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[stage["kind"]]
+    stages = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo, "rloo": rloo}
+    run = stages[stage["kind"]].run
     report("start", stage=stage["address"], world=distributed.world(), device=str(device))
     result = run(context)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None

@@ -1,1 +1,1 @@
-"""The stages: sft, reward and ppo, each readable from top to bottom; losses and advantages are pure functions."""
+"""The stages, each readable from top to bottom: sft, reward, dpo, ppo, grpo, rloo; losses and advantages are pure."""

@@ -42,6 +42,26 @@ def advantages_and_returns(
         return advantages, advantages + values
 
 
+def group_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
+    """An answer's lead over the mean of its group, and with `scale` over the group's deviation: both [N, answers].
+
+    Shao et al. 2024, section 4.1.2. The deviation is the biased one, so that a group's advantages have mean square 1;
+    a group of equal rewards has advantage 0.
+    """
+    lead = rewards - rewards.mean(1, keepdim=True)
+    return lead / (rewards.std(1, keepdim=True, correction=0) + 1e-6) if scale else lead
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """An answer's reward less the mean of the other answers' of its group: both [N, answers], at least 2 of them.
+
+    Kool et al. 2019, equation 8: an unbiased baseline, since it does not depend on the answer.
+    """
+    count = rewards.shape[1]
+    others = (rewards.sum(1, keepdim=True) - rewards) / (count - 1)
+    return rewards - others
+
+
 def whiten(x: Tensor, mask: Tensor, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
     """x [B, T] with mean 0 and variance 1 over the masked entries of all ranks; 0 outside the mask.
 

@@ -10,15 +10,30 @@ from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.ema import MovingAverage
+from rlhfdsl.engines.engine import ScalarEngine
+from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.evaluation import answer, report_answers, summary
 from rlhfdsl.training.experience import Experience
 from rlhfdsl.training.onpolicy import Engines, OnPolicy
+from rlhfdsl.training.rewards import ModelReward
 
 
-def run(context: Context, algorithm: type[OnPolicy], engines: Engines) -> dict[str, float]:
-    """Train a stage's engines with `algorithm`, evaluate against the policy it started from, and save what it made."""
+def make_engines(context: Context) -> Engines:
+    """The engines of a stage, as its plan lays them out."""
+    settings = context.settings
+    longest = settings["rollout"]["prompt"] + settings["rollout"]["answer"]
+    actor = context.engine("actor", HybridEngine)
+    critic = context.engine("critic", ScalarEngine) if "critic" in context.stage["engines"] else None
+    ref, judge = context.reference(actor), context.engine("reward", ScalarEngine)
+    reward = ModelReward(judge, longest=longest, normalize=settings["reward"]["normalize"])
+    return Engines(actor, ref, reward, critic)
+
+
+def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
+    """Train a stage with `algorithm`, evaluate against the policy it started from, and save what it made."""
     settings, batch = context.settings, context.stage["batch"]
+    engines = make_engines(context)
     trainer = algorithm(
         engines, settings, at_once=batch["generate_per_rank"],
         stop_ids=context.stop_ids, pad_id=context.pad_id, seed=context.seed,

@@ -60,21 +60,32 @@ def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -functional.logsigmoid(chosen - rejected)
 
 
+def preference_loss(margin: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(margin) for the margins [B] of DPO: Rafailov et al. 2023, equation 7.
+
+    margin: beta x (log-ratio of the chosen answer - log-ratio of the rejected one), each to the reference. With
+    `smoothing` e the pair is taken to be the other way round with probability e (Mitchell 2023).
+    """
+    return -(1 - smoothing) * functional.logsigmoid(margin) - smoothing * functional.logsigmoid(-margin)
+
+
 def policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
     clip: float,
     dual_clip: float | None = None,
+    clip_high: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate of PPO, per token: Schulman et al. 2017, equation 7.
 
-    All inputs [B, T]. With `dual_clip` c > 1 the loss of a negative advantage is at most -c x advantage (Ye et al.
-    2020, equation 5). Returns the losses and the bool mask of the tokens where the clip decides, both [B, T].
+    All inputs [B, T]. The ratio is clipped to 1 - clip and 1 + clip_high (left out: clip; Yu et al. 2025, section 3.1).
+    With `dual_clip` c > 1 the loss of a negative advantage is at most -c x advantage (Ye et al. 2020, equation 5).
+    Returns the losses and the bool mask of the tokens where the clip decides, both [B, T].
     """
     ratio = (log_probs - old_log_probs).exp()
     free = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
     losses = torch.maximum(free, clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)

@@ -45,7 +45,9 @@ def policy_gradients(
         part = experience.take(rows)
         mask = part.mask
         log_probs, logits = answer_log_probs(engine, part, temperature)
-        losses, clipped = policy_loss(log_probs, part.log_probs, part.advantages, update["clip"], update["dual_clip"])
+        losses, clipped = policy_loss(
+            log_probs, part.log_probs, part.advantages, update["clip"], update["dual_clip"], update["clip_high"]
+        )
         surrogate = losses.detach()
         if kl["apply"] == "loss":
             losses = losses + kl_coefficient * kl_estimate(log_probs, part.ref_log_probs, kl["estimator"])

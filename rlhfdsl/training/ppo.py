@@ -20,14 +20,12 @@ from rlhfdsl.data.edge import Example
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.distributed import all_sum
 from rlhfdsl.engines.engine import Engine, ScalarEngine
-from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.training import loop
 from rlhfdsl.training.advantages import advantages_and_returns, explained_variance, token_rewards, whiten
 from rlhfdsl.training.context import Context
 from rlhfdsl.training.experience import Experience, Scored
 from rlhfdsl.training.losses import token_mean, value_loss
-from rlhfdsl.training.onpolicy import Engines, OnPolicy
-from rlhfdsl.training.rewards import ModelReward
+from rlhfdsl.training.onpolicy import OnPolicy
 from rlhfdsl.training.rollouts import answer_values, read
 
 
@@ -79,11 +77,4 @@ def value_gradients(
 
 def run(context: Context) -> dict[str, float]:
     """Train actor and critic of a `ppo` stage, evaluate against the policy it started from, and save both."""
-    settings = context.settings
-    rollout = settings["rollout"]
-    actor, critic = context.engine("actor", HybridEngine), context.engine("critic", ScalarEngine)
-    reference, judge = context.reference(actor), context.engine("reward", ScalarEngine)
-    reward = ModelReward(
-        judge, longest=rollout["prompt"] + rollout["answer"], normalize=settings["reward"]["normalize"]
-    )
-    return loop.run(context, Trainer, Engines(actor, reference, reward, critic))
+    return loop.run(context, Trainer)

@@ -74,6 +74,11 @@ def score_pairs(
     return better, worse
 
 
+def longer(pair: Pair) -> int:
+    """Tokens of the longer of a pair's two sequences, to which both are padded."""
+    return max(len(pair.chosen.ids), len(pair.rejected.ids))
+
+
 def read_tokens(pairs: Sequence[Pair]) -> int:
     """Tokens that a forward pass reads, padding apart."""
     return sum(len(pair.chosen.ids) + len(pair.rejected.ids) for pair in pairs)

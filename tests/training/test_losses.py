@@ -11,6 +11,7 @@ from rlhfdsl.training.losses import (
     kl_estimate,
     pair_loss,
     policy_loss,
+    preference_loss,
     selected_log_probs,
     token_mean,
     value_loss,
@@ -82,6 +83,53 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token():
     new = torch.tensor([[math.log(10.0), math.log(10.0)]])
     loss, _ = policy_loss(new, torch.zeros(1, 2), torch.tensor([[-2.0, 2.0]]), clip=0.2, dual_clip=3.0)
     assert loss[0].tolist() == pytest.approx([6.0, -2.4], rel=1e-6)
+
+
+def test_the_upper_clip_has_its_own_width():
+    new = torch.tensor([[math.log(1.5), math.log(0.5)]])
+    loss, _ = policy_loss(new, torch.zeros(1, 2), torch.tensor([[2.0, -2.0]]), clip=0.2, clip_high=0.28)
+    assert loss[0].tolist() == pytest.approx([-2 * 1.28, 2 * 0.8], rel=1e-6)
+
+
+def test_preference_loss_by_hand():
+    # sigmoid(ln 3) = 3/4: -ln(3/4), and with 10 % smoothing 0.9 ln(4/3) + 0.1 ln 4.
+    margin = torch.tensor([0.0, math.log(3)])
+    assert preference_loss(margin).tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+    assert preference_loss(margin, 0.1)[1].item() == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4))
+
+
+def test_a_minibatch_with_random_masks_equals_loops_over_its_tokens():
+    """Policy and value loss, reduced over two micro batches, in value and gradient."""
+    torch.manual_seed(4)
+    shape, lengths = (6, 9), torch.randint(1, 10, (6,))
+    mask = torch.arange(9) < lengths.unsqueeze(1)
+    old, advantages, old_values, returns = (torch.randn(shape) for _ in range(4))
+    new = (old + 0.5 * torch.randn(shape)).requires_grad_()
+    values = (old_values + torch.randn(shape)).requires_grad_()
+    tokens = int(mask.sum())
+    total = 0.0
+    for rows in (slice(0, 2), slice(2, 6)):
+        policy, _ = policy_loss(new[rows], old[rows], advantages[rows], 0.2, 3.0, 0.28)
+        value, _ = value_loss(values[rows], old_values[rows], returns[rows], 0.3)
+        part = token_mean(policy + 0.5 * value, mask[rows], tokens, 1)
+        part.backward()
+        total += part.item()
+    slow_new, slow_values = (x.detach().double().requires_grad_() for x in (new, values))
+    slow = torch.zeros((), dtype=torch.float64)
+    for i in range(6):
+        for t in range(int(lengths[i])):
+            ratio, a = torch.exp(slow_new[i, t] - old[i, t]), advantages[i, t].item()
+            gain = min(ratio * a, ratio.clamp(0.8, 1.28) * a)
+            if a < 0:
+                gain = max(gain, torch.tensor(3.0 * a, dtype=torch.float64))
+            v, r, o = slow_values[i, t], returns[i, t].item(), old_values[i, t].item()
+            error = max((v - r) ** 2, (o + (v - o).clamp(-0.3, 0.3) - r) ** 2)
+            slow = slow + (0.5 * error - gain) / tokens
+    slow.backward()
+    assert total == pytest.approx(slow.item(), rel=1e-5)
+    torch.testing.assert_close(new.grad.double(), slow_new.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(values.grad.double(), slow_values.grad, atol=1e-6, rtol=1e-4)
+    assert not new.grad[~mask].any() and not values.grad[~mask].any()
 
 
 def test_value_loss_by_hand():

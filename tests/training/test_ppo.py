@@ -19,8 +19,8 @@ SETTINGS = {
     "rollouts": 1,
     "rollout": {"batch": 4, "answers": 1, "prompt": 16, "answer": 12, "temperature": 0.8, "overlong": "drop"},
     "update": {
-        "minibatch": 4, "epochs": 1, "clip": 0.2, "dual_clip": None, "value_clip": 0.2, "value_weight": 0.5,
-        "gamma": 0.9, "lambda": 0.8, "whiten": True, "entropy": 0.0,
+        "minibatch": 4, "epochs": 1, "clip": 0.2, "clip_high": None, "dual_clip": None, "entropy": 0.0,
+        "value_clip": 0.2, "value_weight": 0.5, "gamma": 0.9, "lambda": 0.8, "whiten": True,
     },
     "kl": {"coef": 0.3, "apply": "reward", "estimator": "k1", "target": None, "horizon": 10_000},
     "reward": {"clip": 0.5, "normalize": False, "missing_eos": -1.0},
@@ -64,8 +64,9 @@ class Slow:
     def __init__(self, source, other, trained: Trainer):
         self.actor = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         self.ref = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
-        self.critic = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1, dtype=torch.float32)
-        self.critic.score.weight.data.copy_(trained.engines.critic.module.classifier.score.weight.data)
+        if trained.engines.critic is not None:
+            self.critic = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1, dtype=torch.float32)
+            self.critic.score.weight.data.copy_(trained.engines.critic.module.classifier.score.weight.data)
         self.reward = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
         self.reward.score.weight.data.copy_(trained.engines.reward.engine.module.classifier.score.weight.data)
 
