@@ -10,7 +10,7 @@ from dataclasses import asdict
 from rlhfdsl.cli.common import ERROR, OK
 from rlhfdsl.cli.planned import add_plan_options, plan_or_recipe
 from rlhfdsl.planning.compare import compare, render
-from rlhfdsl.planning.render import SHOWN
+from rlhfdsl.planning.figures import SHOWN
 
 HELP = "two recipes or plans side by side: only what differs, and what it means"
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rlhfdsl.planning import timing
-from rlhfdsl.planning.fit import Fit, Need, Rollout, fit
+from rlhfdsl.planning.fit import fit
 from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.layout import Fit, Need, Rollout
 from rlhfdsl.planning.timing import Work
 
 MOST_GPUS = 64  # times as many as asked for

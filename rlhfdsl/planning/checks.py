@@ -16,8 +16,8 @@ from rlhfdsl.planning import advice
 from rlhfdsl.planning.batches import Misfit, nearest_divisor, remainder
 from rlhfdsl.planning.entries import Model
 from rlhfdsl.planning.families import FAMILIES
-from rlhfdsl.planning.fit import Fit, Rollout
 from rlhfdsl.planning.hardware import Target, catalog
+from rlhfdsl.planning.layout import Fit, Rollout
 from rlhfdsl.planning.memory import USABLE
 from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhfdsl.language import schema
 from rlhfdsl.language.recipe import Block
-from rlhfdsl.planning.fit import Placement
+from rlhfdsl.planning.layout import Placement
 from rlhfdsl.planning.problems import Problems
 
 Json = dict[str, Any]

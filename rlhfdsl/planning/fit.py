@@ -23,126 +23,17 @@ barely fits leaves a rollout room for a few sequences at once:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from rlhfdsl.planning import memory
 from rlhfdsl.planning.batches import divisors, largest_divisor
-from rlhfdsl.planning.catalog import Shape, largest_layer
-from rlhfdsl.planning.deepspeed_config import LIVE
+from rlhfdsl.planning.catalog import largest_layer
 from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.layout import Fit, Need, Phase, Placement, Rollout
 
 TOKENS_KNOWN = 16 * 1024
 TOKENS_UNKNOWN = 4 * 1024
 FASTER = 0.9  # of the time of the layout before it
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What one engine asks of a device. None means `auto` (zero, offload, checkpointing, micro) or unknown (shape,
-    count).
-
-    per_rank: items of one step on one device, which the micro batch divides. An item is `sequences` sequences
-    of `length` tokens: two for a pair. bucket, live: elements of a ZeRO bucket and parameters that ZeRO 3 may keep
-    whole, where `deepspeed { }` says them.
-    """
-
-    name: str
-    shape: Shape | None
-    count: int | None
-    head: str
-    dtype: str
-    eager: bool
-    trains: bool
-    per_rank: int
-    sequences: int
-    length: int
-    zero: int | None
-    offload: str | None
-    checkpointing: bool | None
-    micro: int | None
-    ema: bool  # an fp32 moving average of what trains, shared out over the devices
-    bucket: int | None = None
-    live: int = LIVE
-    trained: int | None = None  # of `count`, what trains; None: all of an engine that does
-    adapters: int | None = None  # with LoRA the ranks of one layer's adapters, summed (0: its layers are not known)
-    shares: str | None = None  # the engine whose frozen base this one is, without weights of its own
-
-    @property
-    def learns(self) -> int | None:
-        """Parameters with a gradient and optimizer states."""
-        return self.count if self.trained is None else self.trained
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """The generation of a PPO stage: `per_rank` sequences of `length` tokens from the engine `actor`, the first
-    `prompt` of them given."""
-
-    per_rank: int
-    prompt: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """One engine on a device. `states` is None when the model's numbers are unknown.
-
-    reason: why the ZeRO stage is what it is. average: bytes of its moving average. room: bytes left for its micro
-    batch. working: bytes that come and go, by phase.
-    """
-
-    need: Need
-    zero: int
-    offload: str
-    reason: str
-    checkpointing: bool
-    micro: int
-    states: memory.States | None
-    average: int
-    room: int | None
-    working: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """The bytes of a device in one phase of a stage: what stays, what comes and goes, and whose that is."""
-
-    name: str
-    resident: int
-    working: int
-    engine: str
-
-    @property
-    def peak(self) -> int:
-        return self.resident + self.working
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A whole stage on a device, in bytes; no phases when a model's numbers are unknown.
-
-    generate: sequences generated at once on one device. cache: bytes of their keys and values.
-    """
-
-    engines: tuple[Placement, ...]
-    generate: int | None
-    cache: int | None
-    phases: tuple[Phase, ...]
-    usable: int | None
-
-    @property
-    def peak(self) -> int | None:
-        return max((phase.peak for phase in self.phases), default=None)
-
-    @property
-    def fits(self) -> bool | None:
-        if self.peak is None or self.usable is None:
-            return None
-        return self.peak <= self.usable
 
 
 def fit(
@@ -225,9 +116,7 @@ def _offload(need: Need, offload: str) -> str:
     return "params" if offload == "both" else "off"
 
 
-def _stage(
-    need: Need, target: Target, train: int, infer: int, actor: int | None, word: str
-) -> tuple[int, str]:
+def _stage(need: Need, target: Target, train: int, infer: int, actor: int | None, word: str) -> tuple[int, str]:
     """The ZeRO stage of an engine and why; `actor` is the stage that the actor was given, if any."""
     if need.zero is not None:
         return need.zero, "as written"

@@ -11,7 +11,7 @@ from rlhfdsl.language.recipe import Block
 from rlhfdsl.planning import checks, course, timing
 from rlhfdsl.planning.batches import largest_divisor, run_length
 from rlhfdsl.planning.entries import Wanted
-from rlhfdsl.planning.fit import Rollout
+from rlhfdsl.planning.layout import Rollout
 from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, time_of, why, writes_of
 from rlhfdsl.planning.stages import Json, mean, seed_of, split, used, why_updates
 

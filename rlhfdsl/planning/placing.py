@@ -13,8 +13,9 @@ from rlhfdsl.planning import adapters, advice, checks, course, deepspeed_config,
 from rlhfdsl.planning.adapters import Lora
 from rlhfdsl.planning.batches import warmup_updates
 from rlhfdsl.planning.entries import Model, Wanted
-from rlhfdsl.planning.fit import Fit, Need, Placement, Rollout, fit, token_limit
+from rlhfdsl.planning.fit import fit, token_limit
 from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.layout import Fit, Need, Placement, Rollout
 from rlhfdsl.planning.memory import BYTES
 from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work

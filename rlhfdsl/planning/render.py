@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from itertools import dropwhile
 from typing import Any
 
+from rlhfdsl.planning import figures
+from rlhfdsl.planning.figures import LATER
+
 Json = dict[str, Any]
-LATER = "(known after lock)"
 WIDTH = 110
 SAMPLE_LINES = 12
 
@@ -42,12 +44,12 @@ def _header(plan: Json) -> list[str]:
     known = sum(facts is not None for facts in keys.values())
     lock = f"{known} of {len(keys)} inputs known"
     if known == len(keys):
-        lock = f"complete ({_count(known, 'input')})"
+        lock = f"complete ({figures.count(known, 'input')})"
     device = target["gpu"] or target["device"]
     origin = "detected" if target["origin"] == "detected" else f"by {target['origin']}"
-    size = f"{_count(target['nodes'], 'node')} x {target['gpus']} {device}"
+    size = f"{figures.count(target['nodes'], 'node')} x {target['gpus']} {device}"
     if target["memory"] is not None:
-        size += f", {_gib(target['memory'])} GiB each"
+        size += f", {figures.gib(target['memory'])} GiB each"
     return [
         f"recipe  {recipe['name']}   seed {recipe['seed']}   lock {lock}",
         f"target  {size} ({origin})",
@@ -59,23 +61,23 @@ def _overview(plan: Json) -> list[str]:
     for stage in plan["stages"]:
         batch = stage["batch"]
         if "rollouts" in batch:
-            what = f"{_number(batch['rollouts'])} rollouts of {_number(batch['prompts'])} prompts"
-            what += f", {_number(batch['updates'])} updates"
+            what = f"{figures.number(batch['rollouts'])} rollouts of {figures.number(batch['prompts'])} prompts"
+            what += f", {figures.number(batch['updates'])} updates"
         else:
             item = "sequences" if stage["kind"] == "sft" else "pairs"
-            what = f"{_number(batch['updates'])} updates of {_number(batch['batch'])} {item}"
+            what = f"{figures.number(batch['updates'])} updates of {figures.number(batch['batch'])} {item}"
         time = stage["time"]
-        about = "" if time is None or time["seconds"] is None else f"~ {_duration(time['seconds'])}"
+        about = "" if time is None or time["seconds"] is None else f"~ {figures.duration(time['seconds'])}"
         rows.append(["  +", stage["address"], what, "from " + ", ".join(stage["needs"]), about])
-    return _table(rows)
+    return figures.table(rows)
 
 
 def _closing(plan: Json) -> list[str]:
     """The whole in time and money, what that rests on, and that nothing has happened."""
     lines, time = [], plan["time"]
     if time is not None:
-        about = LATER if time["seconds"] is None else f"~ {_duration(time['seconds'])}"
-        devices = _count(plan["target"]["world"], "GPU" if plan["target"]["device"] == "cuda" else "process")
+        about = LATER if time["seconds"] is None else f"~ {figures.duration(time['seconds'])}"
+        devices = figures.count(plan["target"]["world"], "GPU" if plan["target"]["device"] == "cuda" else "process")
         cost = ""
         if time["cost"] is not None:
             digits = 0 if time["cost"] >= 100 else 2
@@ -84,7 +86,7 @@ def _closing(plan: Json) -> list[str]:
         lines += [f"        {text}" for text in time["assumptions"]]
     elif plan["target"]["device"] == "cpu":
         lines.append("time    unknown; `rlhf bench -o here.json` measures this machine for `rlhf plan --gpu here.json`")
-    return [*lines, f"{_count(len(plan['stages']), 'stage')}. Nothing was run or changed."]
+    return [*lines, f"{figures.count(len(plan['stages']), 'stage')}. Nothing was run or changed."]
 
 
 def _stage(plan: Json, stage: Json) -> list[str]:
@@ -100,7 +102,7 @@ def _engines(stage: Json) -> list[str]:
     engines, memory = stage["engines"], stage["memory"]["engines"]
     rows: list[list[str]] = [["", *engines]]
     rows.append(["  model", *(_weights(engine) for engine in engines.values())])
-    rows.append(["  parameters", *(_parameters(memory[name]["parameters"]) for name in engines)])
+    rows.append(["  parameters", *(figures.parameters(memory[name]["parameters"]) for name in engines)])
     rows.append(["  type", *(engine["dtype"] for engine in engines.values())])
     rows.append(["  ZeRO / offload", *(f"{e['zero']} / {_offload(e['offload'])}" for e in engines.values())])
     rows.append(["  micro x accum", *(f"{e['micro']} x {e['accumulation']}" for e in engines.values())])
@@ -108,14 +110,14 @@ def _engines(stage: Json) -> list[str]:
         ["  checkpointing", *("on" if e["gradient_checkpointing"] else "off" for e in engines.values())]
     )
     rows.append(["  learning rate", *(_schedule(engine["schedule"]) for engine in engines.values())])
-    rows.append(["  GiB: stays", *(_gib(memory[name]["lasting"]) for name in engines)])
+    rows.append(["  GiB: stays", *(figures.gib(memory[name]["lasting"]) for name in engines)])
     for phase in stage["memory"]["phases"]:
         if phase != "generate":
             sets = [memory[name]["working"].get(phase) for name in engines]
-            rows.append([f"       {phase}", *("-" if size is None else _gib(size) for size in sets)])
+            rows.append([f"       {phase}", *("-" if size is None else figures.gib(size) for size in sets)])
     if any(memory[name]["host"] for name in engines):
-        rows.append(["       on the host", *(_gib(memory[name]["host"]) for name in engines)])
-    return _table(rows)
+        rows.append(["       on the host", *(figures.gib(memory[name]["host"]) for name in engines)])
+    return figures.table(rows)
 
 
 def _memory(plan: Json, stage: Json) -> list[str]:
@@ -126,17 +128,18 @@ def _memory(plan: Json, stage: Json) -> list[str]:
     lines = []
     device = plan["target"]["gpu"] or "device"
     for name, phase in memory["phases"].items():
-        line = f"  {name:<9} {_gib(phase['peak'])} GiB = {_gib(phase['resident'])} that stay + {_gib(phase['working'])}"
+        stay, work = figures.gib(phase["resident"]), figures.gib(phase["working"])
+        line = f"  {name:<9} {figures.gib(phase['peak'])} GiB = {stay} that stay + {work}"
         if name == "generate":
-            rows = _count(stage["batch"]["generate_per_rank"], "sequence")
-            line += f" for {rows} at once, {_gib(memory['cache'])} of them cache"
+            rows = figures.count(stage["batch"]["generate_per_rank"], "sequence")
+            line += f" for {rows} at once, {figures.gib(memory['cache'])} of them cache"
         elif len(stage["engines"]) > 1:
             line += f" of the {phase['engine']}"
         lines.append(line)
-    peak = f"  peak      {_gib(memory['peak'])} GiB"
+    peak = f"  peak      {figures.gib(memory['peak'])} GiB"
     if memory["available"] is not None:
         share = memory["peak"] / memory["available"]
-        peak += f" of {_gib(memory['available'])} on each {device} ({share:.0%})"
+        peak += f" of {figures.gib(memory['available'])} on each {device} ({share:.0%})"
         peak += "  ok" if memory["fits"] else "  does not fit"
     return [*lines, peak + " (estimate)"]
 
@@ -147,9 +150,10 @@ def _time(stage: Json) -> list[str]:
         return []
     each = time["each"]
     unit = "rollout" if "rollouts" in stage["batch"] else "update"
-    parts = f" = {' + '.join(f'{name} {_duration(value)}' for name, value in each.items())}" if len(each) > 1 else ""
-    whole = "" if time["seconds"] is None else f"; ~ {_duration(time['seconds'])} in all"
-    return [f"  time      ~ {_duration(sum(each.values()))} for each {unit}{parts}{whole} (estimate)"]
+    phases = [f"{name} {figures.duration(value)}" for name, value in each.items()]
+    parts = f" = {' + '.join(phases)}" if len(phases) > 1 else ""
+    whole = "" if time["seconds"] is None else f"; ~ {figures.duration(time['seconds'])} in all"
+    return [f"  time      ~ {figures.duration(sum(each.values()))} for each {unit}{parts}{whole} (estimate)"]
 
 
 def _batch(stage: Json) -> list[str]:
@@ -159,11 +163,11 @@ def _batch(stage: Json) -> list[str]:
         actor = stage["engines"]["actor"]
         train = batch["minibatch"] // world
         lines = [
-            f"  batch     {_number(batch['prompts'])} prompts x {_count(batch['answers'], 'answer')} = "
-            f"{world} x {batch['per_rank']};  {_count(batch['minibatches'], 'minibatch')} of "
+            f"  batch     {figures.number(batch['prompts'])} prompts x {figures.count(batch['answers'], 'answer')} = "
+            f"{world} x {batch['per_rank']};  {figures.count(batch['minibatches'], 'minibatch')} of "
             f"{batch['minibatch']} = {world} x micro {actor['micro']} x accum {train // actor['micro']}",
-            f"  length    {_number(batch['rollouts'])} rollouts x {batch['updates_per_rollout']} updates = "
-            f"{_number(batch['updates'])};  {_rows(batch, 'prompts')}",
+            f"  length    {figures.number(batch['rollouts'])} rollouts x {batch['updates_per_rollout']} updates = "
+            f"{figures.number(batch['updates'])};  {_rows(batch, 'prompts')}",
         ]
         if batch["ptx"] is not None:
             ptx = batch["ptx"]
@@ -172,9 +176,9 @@ def _batch(stage: Json) -> list[str]:
         return lines
     item = "sequences" if stage["kind"] == "sft" else "pairs"
     return [
-        f"  batch     {_number(batch['batch'])} {item} = {world} x micro {batch['micro']} x accum "
+        f"  batch     {figures.number(batch['batch'])} {item} = {world} x micro {batch['micro']} x accum "
         f"{batch['accumulation']}",
-        f"  length    {_number(batch['updates'])} updates;  {_rows(batch, item)}",
+        f"  length    {figures.number(batch['updates'])} updates;  {_rows(batch, item)}",
     ]
 
 
@@ -182,8 +186,8 @@ def _rows(batch: Json, item: str) -> str:
     if batch["rows"] is None:
         return f"{item} {LATER}"
     if batch["dropped_tail"]:
-        return f"{_number(batch['rows'])} {item}, of which {_number(batch['dropped_tail'])} in no batch"
-    return f"{_number(batch['rows'])} {item}"
+        return f"{figures.number(batch['rows'])} {item}, of which {figures.number(batch['dropped_tail'])} in no batch"
+    return f"{figures.number(batch['rows'])} {item}"
 
 
 def _edge(name: str, edge: Json) -> list[str]:
@@ -193,17 +197,17 @@ def _edge(name: str, edge: Json) -> list[str]:
     if facts is None:
         return [f"{head}: {LATER}"]
     dropped = {why: count for why, count in facts["dropped"].items() if count}
-    lost = ", ".join(f"{_number(count)} {why.replace('_', ' ')}" for why, count in dropped.items())
+    lost = ", ".join(f"{figures.number(count)} {why.replace('_', ' ')}" for why, count in dropped.items())
     spread = facts["lengths"]
     lines = [
-        f"{head}: {_number(facts['used'])} used of {_number(facts['rows'])} rows",
-        f"            {_number(facts['tokens'])} tokens, median {_number(spread['p50'])}, 90 % under "
-        f"{_number(spread['p90'])}, longest {_number(spread['max'])}; {_number(facts['truncated'])} cut; "
-        f"dropped: {lost or 'none'}",
+        f"{head}: {figures.number(facts['used'])} used of {figures.number(facts['rows'])} rows",
+        f"            {figures.number(facts['tokens'])} tokens, median {figures.number(spread['p50'])}, 90 % under "
+        f"{figures.number(spread['p90'])}, longest {figures.number(spread['max'])}; "
+        f"{figures.number(facts['truncated'])} cut; dropped: {lost or 'none'}",
     ]
     if len(facts["sources"]) > 1:
         shares = [
-            f"{path} {_number(rows['used'])} of {_number(rows['rows'])}"
+            f"{path} {figures.number(rows['used'])} of {figures.number(rows['rows'])}"
             for path, rows in facts["sources"].items()
         ]
         lines.append(f"            {'; '.join(shares)}")
@@ -226,7 +230,7 @@ def _sample(segments: Sequence[Json]) -> list[str]:
     shown = lines[:SAMPLE_LINES]
     out = [f"            {'>' if loss else '|'} {_clip(text.strip())}".rstrip() for loss, text in shown]
     if len(lines) > len(shown):
-        out.append(f"            | ({_count(len(lines) - len(shown), 'more line')})")
+        out.append(f"            | ({figures.count(len(lines) - len(shown), 'more line')})")
     return out
 
 
@@ -238,7 +242,7 @@ def _clip(text: str) -> str:
 
 def _writes(stage: Json) -> list[str]:
     return [
-        f"  {'' if number else 'writes':<9} {made['path']}  {_size(made['bytes'])}"
+        f"  {'' if number else 'writes':<9} {made['path']}  {figures.size(made['bytes'])}"
         for number, made in enumerate(stage["writes"])
     ]
 
@@ -254,74 +258,11 @@ def _weights(engine: Json) -> str:
 def _schedule(schedule: Json | None) -> str:
     if schedule is None:
         return "-"
-    warm = f", warm-up {_number(schedule['warmup'])}" if schedule["warmup"] != 0 else ""
+    warm = f", warm-up {figures.number(schedule['warmup'])}" if schedule["warmup"] != 0 else ""
     rate = f"{schedule['lr']:e}"
     digits, _, power = rate.partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)} {schedule['kind']}{warm}"
 
 
-def _parameters(count: int | None) -> str:
-    if count is None:
-        return LATER
-    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return str(count)
-
-
 def _offload(offload: str) -> str:
     return "-" if offload == "off" else offload
-
-
-def _gib(count: int | None) -> str:
-    if count is None:
-        return LATER
-    value = count / 2**30
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return LATER
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"
-
-
-def _duration(seconds: float) -> str:
-    """Two digits are enough for an estimate: `0.4 s`, `42 s`, `7 m`, `2.5 h`, `3.1 days`."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "m")):
-        if seconds >= (2 * size if unit == "days" else size):
-            value = seconds / size
-            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
-    if seconds >= 1:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.1f} ms"
-
-
-SHOWN = {
-    "peak": lambda size: f"{_gib(size)} GiB",
-    "bytes": lambda size: _size(size),
-    "memory": lambda size: f"{_gib(size)} GiB",
-    "seconds": lambda value: _duration(value),
-}
-
-
-def _number(count: int | None) -> str:
-    return LATER if count is None else f"{count:,}".replace(",", " ")
-
-
-def _count(count: int, what: str) -> str:
-    many = what + ("es" if what.endswith("ch") else "s")
-    return f"{_number(count)} {what if count == 1 else many}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns padded to their widest cell, two spaces between them."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines

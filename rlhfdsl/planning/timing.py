@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from rlhfdsl.planning import memory
 from rlhfdsl.planning.catalog import Shape
-from rlhfdsl.planning.fit import Fit, Placement
 from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.layout import Fit, Placement
 from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 
 LOSS_BYTES = 80  # for each logit: copies, fp32 and its softmax, forward, recomputed and backward

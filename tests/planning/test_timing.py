@@ -4,8 +4,9 @@ import pytest
 
 from rlhfdsl.planning import hardware, timing
 from rlhfdsl.planning.catalog import lookup, parameters, shape
-from rlhfdsl.planning.fit import Need, Rollout, fit
+from rlhfdsl.planning.fit import fit
 from rlhfdsl.planning.hardware import MIB, Target
+from rlhfdsl.planning.layout import Need, Rollout
 from rlhfdsl.planning.rates import Rates, of_catalog, of_profile
 from rlhfdsl.planning.timing import OnPolicy, Supervised, seconds
 
