@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from rlhfdsl.cli import several
 from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
 from rlhfdsl.cli.planned import Planned, add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.language import UserError, as_json
@@ -16,7 +17,7 @@ HELP = "what a run would do: stages, updates, memory, data and files"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a recipe")
-    add_plan_options(parser)
+    add_plan_options(parser, several.counts, "N[,N…]")
     add_lock_options(parser)
     parser.add_argument(
         "--no-lock", action="store_true", help="neither read nor write rlhf.lock: what needs it stays unknown"
@@ -25,6 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--fit", action="store_true",
         help="choose ZeRO, offload, checkpointing and micro batches anew: the fastest that fits the target",
     )  # fmt: skip
+    parser.add_argument(
+        "--largest", metavar="FAMILY", help="which models of a family fit in the actor's place: actor, opt, llama-3 …"
+    )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     parser.add_argument(
         "-o", dest="output", type=Path, metavar="FILE", help="save the plan for `rlhf run` (.rhplan; .json to read it)"
@@ -33,6 +37,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     go_offline(args)
+    if args.gpus is not None and len(args.gpus) > 1:
+        if args.output is not None or args.largest is not None:
+            fail("several --gpus print a curve; neither -o nor --largest goes with them")
+        return several.over_gpus(args, args.gpus)
+    args.gpus = args.gpus[0] if args.gpus is not None else None
+    if args.largest is not None:
+        return several.over_models(args)
     planned = make_plan(args, use_lock=not args.no_lock, fit=args.fit)
     if planned.plan is None and args.format == "json":
         print(json.dumps(as_json(planned.diagnostics, planned.compilation.sources), indent=1))

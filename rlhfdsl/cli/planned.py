@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,22 @@ class Planned:
         show(self.diagnostics, self.compilation.sources)
 
 
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that plans a recipe: its parameters, overrides and target."""
+def add_plan_options(
+    parser: argparse.ArgumentParser, counts: Callable[[str], object] | None = None, metavar: str = "N"
+) -> None:
+    """The options of every command that plans a recipe: its parameters, overrides and target.
+
+    counts: reads --gpus where it takes more than a number.
+    """
     add_recipe_options(parser)
     target = parser.add_argument_group("target", "default: the recipe's cluster, else what this machine has")
     target.add_argument(
         "--gpu", metavar="NAME", help=f"{', '.join(hardware.catalog())}, cpu, or a profile of `rlhf bench` (.json)"
     )
-    target.add_argument("--gpus", type=_count, metavar="N", help="GPUs (on a CPU: processes) of each node")
-    target.add_argument("--nodes", type=_count, metavar="N", help="nodes")
+    target.add_argument(
+        "--gpus", type=counts or positive, metavar=metavar, help="GPUs (on a CPU: processes) of each node"
+    )
+    target.add_argument("--nodes", type=positive, metavar="N", help="nodes")
     target.add_argument("--price", type=_price, metavar="USD", help="of a GPU and hour, in place of the catalog's")
 
 
@@ -218,7 +226,8 @@ def _price(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def positive(text: str) -> int:
+    """A number from 1 of an option."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("takes a number from 1")

@@ -65,7 +65,7 @@ def rows(stage: Json, measured: Measured) -> list[Row]:
         Row("", "GiB", _gib(memory["peak"]), _gib(measured.peak)),
         Row("", "s", sum(each.values()) if each else None, sum(measured.seconds.values()) or None),
     ]
-    for phase in _PPO if stage["kind"] not in ("sft", "reward") else ():
+    for phase in _PPO if "rollouts" in stage["batch"] else ():
         predicted = memory["phases"].get(phase)
         bytes_ = None if predicted is None else predicted["peak"]
         if phase in measured.peaks or phase in measured.seconds:

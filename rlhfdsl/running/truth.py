@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import json
 import os
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def measure(plan: dict[str, Any], address: str, base: Path, updates: int, second
     from deepspeed.utils import logger
 
     from rlhfdsl.engines import distributed
-    from rlhfdsl.training import onpolicy, ppo, reward, sft
+    from rlhfdsl.training import onpolicy
 
     logger.setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
@@ -118,9 +118,8 @@ def measure(plan: dict[str, Any], address: str, base: Path, updates: int, second
     _random_weights(plan, base, device)
     _watch(onpolicy.OnPolicy, gauge)
     context = _context(plan, stage, base, device, gauge)
-    run: Callable[[Any], Any] = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}[stage["kind"]]
     with contextlib.suppress(Enough):
-        run(context)
+        importlib.import_module(f"rlhfdsl.training.{stage['kind']}").run(context)
     return gauge.result()
 
 

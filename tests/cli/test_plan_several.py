@@ -1,0 +1,59 @@
+"""One recipe over GPUs and over models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhfdsl.cli.main import main
+from rlhfdsl.planning import scaling
+
+RECIPE = "recipes/deepspeed-chat.rlhf"
+BASE = ["plan", RECIPE, "--no-lock", "--gpu", "a100-80g"]
+
+
+def plans(capsys, *arguments: str) -> list[dict]:
+    assert main([*BASE, *arguments, "--format", "json"]) == 0
+    return json.loads(capsys.readouterr().out)["plans"]
+
+
+def test_the_curve(capsys):
+    points = plans(capsys, "--gpus", "1,2,4,3")
+    assert [point["world"] for point in points] == [1, 2, 4, 3]
+    times = [point["seconds"] for point in points[:3]]
+    assert times == sorted(times, reverse=True) and all(point["peak"] <= point["usable"] for point in points[:3])
+    assert points[3]["seconds"] is None and "do not split over 3 GPUs" in points[3]["error"]  # 128 sequences
+    assert main([*BASE, "--gpus", "1,2,3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "GPUs" and "100%" in lines[1] and lines[3].startswith("3     batch = 128")
+    # twice the GPUs, each with half the work: the efficiency is t1 / (2 t2)
+    assert f"{times[0] / 2 / times[1]:.0%}" in lines[2]
+
+
+def test_the_largest_of_a_family(capsys):
+    points = plans(capsys, "--gpus", "1", "--largest", "actor")
+    assert [point["name"] for point in points][:3] == ["facebook/opt-125m", "facebook/opt-350m", "facebook/opt-1.3b"]
+    fits = [point["error"] is None for point in points]
+    assert fits == sorted(fits, reverse=True), "what a larger model has room for, a smaller one has"
+    assert main([*BASE, "--gpus", "1", "--largest", "qwen2.5", "--set", "model.judge.from=Qwen/Qwen2.5-0.5B"]) == 0
+    assert "largest: Qwen/Qwen2.5-" in capsys.readouterr().out
+
+
+def test_families():
+    assert scaling.family("gpt2") == [f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")]
+    assert scaling.family("Qwen/Qwen2.5-7B-Instruct")[:2] == ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B"]
+    assert all(scaling.family(name) for name in scaling.families())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--largest", "optt"], "did you mean `opt`"),
+        (["--gpus", "1,0"], "takes a number from 1"),
+        (["--gpus", "1,2", "--largest", "opt"], "print a curve"),
+    ],
+)
+def test_bad_options(capsys, arguments, said):
+    assert main([*BASE, *arguments]) == 2
+    assert said in capsys.readouterr().err
