@@ -9,6 +9,7 @@ from pathlib import Path
 from rlhfdsl.cli.common import show_user_error
 from rlhfdsl.cli.saving import read_plan
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.language.terminal import visible
 
 HELP = "talk to a trained policy"
 COMMANDS = "/new starts a new conversation, /quit ends"
@@ -73,6 +74,12 @@ def converse(directory: Path, args: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
     from transformers.utils import logging
 
+    class Shown(TextStreamer):
+        """Prints what a model writes, which may be anything, as text and never as commands of the terminal."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text), stream_end)
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -115,7 +122,7 @@ def converse(directory: Path, args: argparse.Namespace) -> int:
                     do_sample=args.temperature > 0,
                     temperature=args.temperature if args.temperature > 0 else None,
                     top_k=0 if args.temperature > 0 else None,
-                    streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                    streamer=Shown(tokenizer, skip_prompt=True, skip_special_tokens=True),
                 )
         except KeyboardInterrupt:
             print("\n(stopped)")

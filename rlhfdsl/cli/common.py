@@ -80,7 +80,9 @@ def write_text(path: Path, text: str) -> None:
 
 def say(text: str) -> None:
     """A line about what goes on, to stderr: stdout is for what was asked."""
-    print(text, file=sys.stderr)
+    from rlhfdsl.language.terminal import visible
+
+    print(visible(text), file=sys.stderr)
 
 
 def use_colour(stream: TextIO) -> bool:

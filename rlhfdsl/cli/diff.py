@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from rlhfdsl.cli.common import ERROR, OK
 from rlhfdsl.cli.planned import add_plan_options, plan_or_recipe
+from rlhfdsl.language.terminal import visible
 from rlhfdsl.planning.compare import compare, render
 from rlhfdsl.planning.figures import SHOWN
 
@@ -31,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
         said = [asdict(part) for part in parts]
         print(json.dumps({"format_version": "1.0", "a": args.a, "b": args.b, "parts": said}, indent=1))
     else:
-        sys.stdout.write(render(parts, (args.a, args.b), SHOWN))
+        sys.stdout.write(visible(render(parts, (args.a, args.b), SHOWN)))
     return OK

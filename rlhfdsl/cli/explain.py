@@ -15,6 +15,7 @@ from rlhfdsl.language.diagnostics.pages import codes, page
 from rlhfdsl.language.explain import describe_type, explain
 from rlhfdsl.language.settings import attributes_of
 from rlhfdsl.language.suggest import listed, nearest
+from rlhfdsl.language.terminal import visible
 
 HELP = "tell where a value comes from, or what a code means"
 _CODE = re.compile(r"[EW]\d{4}", re.IGNORECASE)
@@ -86,7 +87,7 @@ def _print(facts: dict[str, Any], args: argparse.Namespace) -> int:
         "setting": _setting, "param": _setting, "let": _setting, "block": _block, "type": _type,
         "attribute": _attribute,
     }[facts["what"]](facts)  # fmt: skip
-    print("\n".join(lines))
+    print(visible("\n".join(lines)))
     return OK
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from rlhfdsl.cli.common import ERROR, OK, fail
 from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline, make_plan
+from rlhfdsl.language.terminal import visible
 from rlhfdsl.planning import lock
 
 HELP = "read data and tokenizers once, and keep what planning needs of them in rlhf.lock"
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     planned = make_plan(args, make_facts=not args.check, upgrade=args.upgrade)
     planned.show()
     for change in planned.stale:
-        print(f"changed  {change.name}")
+        print(visible(f"changed  {change.name}"))
     if not planned.made:
         for difference in lock.made_here(planned.locked):
             print(f"differs  {difference}")

@@ -11,6 +11,7 @@ from rlhfdsl.cli import several
 from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
 from rlhfdsl.cli.planned import Planned, add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.language import UserError, as_json
+from rlhfdsl.language.terminal import visible
 
 HELP = "what a run would do: stages, updates, memory, data and files"
 
@@ -59,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         from rlhfdsl.planning.render import layout, render
 
-        sys.stdout.write(render(planned.plan))
+        sys.stdout.write(visible(render(planned.plan)))
         if args.fit:
-            sys.stdout.write("\n" + layout(planned.plan))
+            sys.stdout.write(visible("\n" + layout(planned.plan)))
         if args.output is not None:
             print(f"Saved; run exactly this with: rlhf run {args.output}{_base(args)}")
     return OK

@@ -12,6 +12,7 @@ from rlhfdsl.cli.opened import given
 from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline
 from rlhfdsl.language import Recipe
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.terminal import visible
 
 HELP = "run a recipe, a saved plan or a bundle; finished stages are not run again"
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nstopped; finished stages are kept, run the same command to go on", file=sys.stderr)
         return 130
-    print(f"\ntalk to it with: rlhf chat {plan['recipe']['output']}")
+    print(visible(f"\ntalk to it with: rlhf chat {plan['recipe']['output']}"))
     return 0
 
 

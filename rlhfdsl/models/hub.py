@@ -45,9 +45,19 @@ def pin_repo(name: str, kind: str, revision: str | None) -> dict[str, Any]:
 
 
 def _cached(name: str, kind: str, revision: str | None) -> dict[str, Any]:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True))
+    try:
+        folder = Path(snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        # Files were fetched by commit, so the cache knows no branch: the newest commit is what was last locked.
+        home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots"
+        snapshots = sorted(home.iterdir(), key=lambda path: path.stat().st_mtime) if home.is_dir() else []
+        if revision is not None or not snapshots:
+            raise
+        folder = snapshots[-1]
     files = {}
     for path in folder.rglob("*"):
         relative = path.relative_to(folder).as_posix()

@@ -247,7 +247,7 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
                     'transformers\' save_pretrained and name the directory: from = "./…"',
                 )
             config = _hub_config(source, options, _at(address, "from"))
-            tensors = _hub_headers(source, options)
+            tensors = _hub_headers(source, options, hub[source]["files"])
         numbers = _numbers(config, named or source, _at(address, "from"))
         numbers["parameters"] = _count(tensors, numbers["tied"])
         setting = "tokenizer" if entry["tokenizer"] else "from"
@@ -459,14 +459,21 @@ def _hub_config(source: str, options: dict, at: str | None) -> PretrainedConfig:
         raise _hub_model(source, at, error) from error
 
 
-def _hub_headers(source: str, options: dict) -> list[dict[str, list[int]]]:
-    """Tensor shapes from the hub, which reads only the heads of the files; none when it does not tell."""
-    from huggingface_hub import get_safetensors_metadata
+def _hub_headers(source: str, options: dict, names: Iterable[str]) -> list[dict[str, list[int]]]:
+    """Tensor shapes from the hub, which reads only the heads of the files, or from the cache; none when neither tells.
+
+    names: the files of the repository.
+    """
+    from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 
     try:
         metadata = get_safetensors_metadata(source, **options)
-    except Exception:  # offline, or no safetensors there: the count stays unknown and nothing else is lost
-        return []
+    except Exception:  # offline: the count stays unknown where the cache lacks a file, and nothing else is lost
+        weights = [name for name in names if name.endswith(".safetensors")]
+        cached = {name: try_to_load_from_cache(source, name, **options) for name in weights}
+        if not all(isinstance(path, str) for path in cached.values()):
+            return []
+        return [_header(Path(str(path)), f"{source}/{name}", None) for name, path in cached.items()]
     return [
         {name: list(tensor.shape) for name, tensor in file.tensors.items()}
         for file in metadata.files_metadata.values()

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from rlhfdsl.language.terminal import visible
+
 Event = dict[str, Any]
 PLAIN_SECONDS = 5.0  # between two progress lines of a stage when there is no terminal
 
@@ -73,7 +75,7 @@ class Display:
 
     def _say(self, name: str, text: str, force: bool = False) -> None:
         if force or self.progress is None:
-            self.console.print(escape(f"{name:8} {text}"))
+            self.console.print(escape(visible(f"{name:8} {text}")))
             sys.stdout.flush()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhfdsl.language.diagnostics import Diagnostic, Span
 from rlhfdsl.language.source import SourceFile
+from rlhfdsl.language.terminal import same_width, visible
 
 SHOWN = 50
 _LINE = 100
@@ -27,7 +28,7 @@ def _one(diagnostic: Diagnostic, sources: Mapping[str, SourceFile], colour: bool
         return f"\x1b[{_COLOURS[name]}m{text}\x1b[0m" if colour else text
 
     head = paint(f"{diagnostic.severity}[{diagnostic.code}]", diagnostic.severity)
-    lines = [f"{head}{paint(f': {diagnostic.message}', 'bold')}"]
+    lines = [f"{head}{paint(f': {visible(diagnostic.message)}', 'bold')}"]
     spans: list[tuple[Span, str, str]] = []
     if diagnostic.span is not None:
         spans.append((diagnostic.span, diagnostic.label, diagnostic.severity))
@@ -43,13 +44,13 @@ def _one(diagnostic: Diagnostic, sources: Mapping[str, SourceFile], colour: bool
     for file, marks in files.items():
         source = sources[file]
         number, column = marks[0][:2]
-        lines.append(f"{' ' * width}{paint('-->', 'rule')} {file}:{number}:{column}")
+        lines.append(f"{' ' * width}{paint('-->', 'rule')} {visible(file)}:{number}:{column}")
         lines.append(f"{' ' * width} {rule}")
         last = None
         for number, column, span, text, style in sorted(marks, key=lambda mark: mark[:2]):
             if last is not None and number > last + 1:
                 lines.append(paint("...", "rule"))
-            content = source.line(number)
+            content = same_width(source.line(number))
             if cropped := len(content) > _LINE:
                 # A line of a machine-made recipe can be long: show the part around the mark.
                 left = max(0, column - 1 - _LINE // 4)
@@ -61,14 +62,14 @@ def _one(diagnostic: Diagnostic, sources: Mapping[str, SourceFile], colour: bool
             sign = "-" if style == "second" else "^"
             before = _width(content[: column - 1])
             length = max(1, _width(content[: column - 1 + span.end - span.start]) - before)
-            mark = paint(f"{sign * length} {text}".rstrip(), style)
+            mark = paint(f"{sign * length} {visible(text)}".rstrip(), style)
             lines.append(f"{' ' * width} {rule} {' ' * before}{mark}")
     tail = [("note", note) for note in diagnostic.notes] + (
         [("help", diagnostic.help)] if diagnostic.help else []
     )
     if tail and spans:
         lines.append(f"{' ' * width} {rule}")
-    lines += [f"{' ' * width} {paint('=', 'rule')} {paint(name, 'bold')}: {text}" for name, text in tail]
+    lines += [f"{' ' * width} {paint('=', 'rule')} {paint(name, 'bold')}: {visible(text)}" for name, text in tail]
     return "\n".join(lines)
 
 
