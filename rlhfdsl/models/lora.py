@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -39,7 +40,8 @@ def add_adapters(model: PreTrainedModel, lora: dict, *, seed: int, scalar: bool)
     )
     dtype = model.dtype
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that GPT-2's matrices lie the other way round, which peft sees to itself
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model, NAME)
     except ValueError as error:

@@ -18,10 +18,14 @@ ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output, 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear layer of each decoder layer: its path there, its part (attention or mlp), its widths."""
+    """One linear layer of each decoder layer: its path there, its part, its role in that, its widths.
+
+    part: attention or mlp. role: `in` before attention and `out` after it, `up` and `down` in the MLP.
+    """
 
     path: str
     part: str
+    role: str
     inputs: int
     outputs: int
 
@@ -70,10 +74,14 @@ def linears(shape: Shape | None) -> tuple[Linear, ...] | None:
         "h": shape.hidden, "q": shape.q_width, "kv": shape.kv_width, "qkv": shape.q_width + 2 * shape.kv_width,
         "i": shape.intermediate, "2i": 2 * shape.intermediate,
     }  # fmt: skip
-    return tuple(
-        Linear(path, "attention" if "att" in path else "mlp", widths[inputs], widths[outputs])
-        for path, inputs, outputs in _LAYERS[shape.type]
-    )
+    found = []
+    for path, inputs, outputs in _LAYERS[shape.type]:
+        part = "attention" if "att" in path else "mlp"
+        # The last matrix of a part is the one that leads back to the residual width.
+        roles = {"attention": ("in", "out"), "mlp": ("up", "down")}[part]
+        last = path == [other for other, _, _ in _LAYERS[shape.type] if ("att" in other) == ("att" in path)][-1]
+        found.append(Linear(path, part, roles[last], widths[inputs], widths[outputs]))
+    return tuple(found)
 
 
 def matches(target: str, path: str) -> bool:

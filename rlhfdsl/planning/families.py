@@ -22,6 +22,11 @@ class Family:
     kept_hidden, kept_heads, kept_kv, kept_mlp: bytes kept for each element of the residual width, of the queries'
     and keys' width together (head norms), of the values' width, and of the MLP's width. scores: for each element of
     eager attention's scores.
+
+    Of these, what only gradients of weights need, and frozen ones (LoRA) do not keep: norm_hidden for each element of
+    the residual width and norm_heads of the queries and keys, the inputs of each matrix. joined: whether the projection
+    after attention reads a copy of attention's result; shared_mlp: whether the activation keeps what the last matrix
+    reads.
     """
 
     gated: bool
@@ -38,21 +43,31 @@ class Family:
     kept_kv: int = 0
     kept_mlp: int = 4
     scores: tuple[int, int] = (-1, 8)  # 6 in 16 bits: in fp32 and back; 4 in fp32
+    norm_hidden: tuple[int, int] = (2, 0)
+    norm_heads: tuple[int, int] = (0, 0)
+    joined: bool = False
+    shared_mlp: bool = False
 
 
 _LLAMA = Family(gated=True)
-_CLASSIC = Family(gated=False, norm_bias=True, qkv_bias=True, biases=True, kept_hidden=(4, 0))
+_CLASSIC = Family(
+    gated=False, norm_bias=True, qkv_bias=True, biases=True, kept_hidden=(4, 0), norm_hidden=(0, 0)
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": replace(_LLAMA, qkv_bias=True),
-    "qwen3": replace(_LLAMA, head_norms=True, kept_heads=(1, 4)),
-    "gemma2": replace(_LLAMA, norms=4, sdpa=False, kept_hidden=(2, 32), scores=(0, 8)),
-    "gemma3_text": replace(_LLAMA, norms=4, head_norms=True, kept_hidden=(2, 32), kept_heads=(0, 8)),
-    "phi3": replace(_LLAMA, kept_kv=2),
-    "opt": replace(_CLASSIC, learned=2, kept_mlp=1),
+    "qwen3": replace(_LLAMA, head_norms=True, kept_heads=(1, 4), norm_heads=(1, 0)),
+    "gemma2": replace(
+        _LLAMA, norms=4, sdpa=False, kept_hidden=(2, 32), scores=(0, 8), norm_hidden=(0, 16), joined=True
+    ),
+    "gemma3_text": replace(
+        _LLAMA, norms=4, head_norms=True, kept_hidden=(2, 32), kept_heads=(0, 8), norm_hidden=(0, 16), norm_heads=(0, 4)
+    ),
+    "phi3": replace(_LLAMA, kept_kv=2, joined=True),
+    "opt": replace(_CLASSIC, learned=2, kept_mlp=1, shared_mlp=True),
     "gpt2": replace(_CLASSIC, learned=0, kept_mlp=5, scores=(1, 0)),
-    "gpt_neox": replace(_CLASSIC, kept_hidden=(6, 0), kept_mlp=2),
-    "bloom": replace(_CLASSIC, embed_norm=True, sdpa=False, kept_mlp=2),
+    "gpt_neox": replace(_CLASSIC, kept_hidden=(6, 0), kept_mlp=2, joined=True),
+    "bloom": replace(_CLASSIC, embed_norm=True, sdpa=False, kept_mlp=2, joined=True),
 }
 GATED = frozenset(name for name, family in FAMILIES.items() if family.gated)

@@ -151,7 +151,7 @@ def _working(need: Need, zero: int, states: memory.States, checkpointing: bool, 
     assert need.shape is not None
     used = memory.activations(
         need.shape, sequences=micro * need.sequences, length=need.length, dtype=need.dtype, trains=train,
-        checkpointing=checkpointing, head=need.head, eager=need.eager, adapters=need.adapters or 0,
+        checkpointing=checkpointing, head=need.head, eager=need.eager, lora=need.lora,
     )  # fmt: skip
     used += memory.gathered(states, dtype=need.dtype, zero=zero, live=need.live)
     if train:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhfdsl.planning import memory
+from rlhfdsl.planning.adapters import Lora
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.deepspeed_config import LIVE
 
@@ -37,7 +38,7 @@ class Need:
     bucket: int | None = None
     live: int = LIVE
     trained: int | None = None  # of `count`, what trains; None: all of an engine that does
-    adapters: int | None = None  # with LoRA the ranks of one layer's adapters, summed (0: its layers are not known)
+    lora: Lora | None = None  # its adapters
     shares: str | None = None  # the engine whose frozen base this one is, without weights of its own
 
     @property

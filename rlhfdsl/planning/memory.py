@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhfdsl.planning.adapters import Lora
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.deepspeed_config import LIVE, bucket_size
-from rlhfdsl.planning.families import FAMILIES
+from rlhfdsl.planning.families import FAMILIES, Family
 
 USABLE = 0.9  # the share of a device that a plan may fill
 CHUNK = 1 << 26  # bytes of fp32 logits at once, as in training/losses.py
@@ -110,7 +111,7 @@ def buckets(count: int, *, dtype: str, zero: int, elements: int | None = None) -
     return 0 if zero == 0 else (elements or bucket_size(count)) * BYTES[dtype] * (2 if zero == 2 else 1)
 
 
-def layer_tokens(s: Shape, length: int, dtype: str, eager: bool) -> int:
+def layer_tokens(s: Shape, length: int, dtype: str, eager: bool, lora: Lora | None = None) -> int:
     """Bytes that one layer keeps for the backward pass of each token of sequences of `length`.
 
     With e bytes for an element: 4 e for each element of the queries' width (queries, keys and values at their full
@@ -125,7 +126,26 @@ def layer_tokens(s: Shape, length: int, dtype: str, eager: bool) -> int:
 
     kept = 4 * e * s.q_width + bytes_of(family.kept_hidden) * s.hidden + family.kept_mlp * e * s.intermediate
     kept += bytes_of(family.kept_heads) * (s.q_width + s.kv_width) + family.kept_kv * e * s.kv_width
-    return kept + (s.heads * length * bytes_of(family.scores) if eager else length * e)
+    kept += s.heads * length * bytes_of(family.scores) if eager else length * e
+    return kept if lora is None or lora.layers is None else kept + _beside_frozen(s, family, lora, e)
+
+
+def _beside_frozen(s: Shape, family: Family, lora: Lora, e: int) -> int:
+    """What the layer of a frozen model keeps more (or less, below 0) for each token than one that trains.
+
+    The gradients of frozen weights are not there, nor what only they need: what norms kept for theirs, and the input
+    of every matrix without an adapter. An adapter keeps its inner values, and with dropout an input of its own and a
+    mask of a byte.
+    """
+    roles = {} if lora.entry["dropout"] else {layer.role for layer in lora.layers or ()}
+    more = -(family.norm_hidden[0] * e + family.norm_hidden[1]) * s.hidden
+    more -= (family.norm_heads[0] * e + family.norm_heads[1]) * (s.q_width + s.kv_width)
+    more -= e * s.hidden * (("in" not in roles) + ("up" not in roles))
+    more -= e * s.q_width * (family.joined and "out" not in roles)
+    more -= e * s.intermediate * (not family.shared_mlp and "down" not in roles)
+    for layer in lora.layers or ():
+        more += lora.rank * e + ((e + 1) * layer.inputs if lora.entry["dropout"] else 0)
+    return more
 
 
 def activations(
@@ -138,7 +158,7 @@ def activations(
     checkpointing: bool,
     head: str,
     eager: bool,
-    adapters: int = 0,
+    lora: Lora | None = None,
 ) -> int:
     """Bytes that one micro batch of `sequences` x `length` tokens holds at its peak, besides model states.
 
@@ -147,11 +167,10 @@ def activations(
 
     The output of a causal model adds, for each token, vocab x 2 e: the logits, and their copy without the last
     position; to train as much again, the gradients of the copy by chunk and joined. The loss makes its fp32 copy in
-    chunks of CHUNK bytes, of which three live at once. adapters: the ranks of one layer's adapters, summed; each
-    keeps its inner values.
+    chunks of CHUNK bytes, of which three live at once.
     """
     e, tokens = BYTES[dtype], sequences * length
-    layer = layer_tokens(s, length, dtype, eager) + adapters * e
+    layer = layer_tokens(s, length, dtype, eager, lora if trains else None)
     if not trains:
         kept = layer
     elif checkpointing:

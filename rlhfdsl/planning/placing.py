@@ -115,11 +115,10 @@ def lora_of(scope: Scope, part: Part) -> Lora | None:
 def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -> Need:
     model = scope.model(part.reference)
     lora, count = lora_of(scope, part), model.count(part.head)
-    trained, inner = None, None
+    trained = None
     if lora is not None:
         trained = None if lora.count is None else lora.count + model.head_count(part.head)
         count = None if count is None or lora.count is None else count + lora.count
-        inner = lora.rank * len(lora.layers or ())
     zero: int | None = None
     offload: str | None = None
     checkpointing = None if part.trains else False
@@ -142,7 +141,7 @@ def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -
         part.name, model.shape, count, part.head, model.dtype,
         model.entry["attention"] == "eager", part.trains, part.per_rank, part.sequences, part.length, zero,
         offload, checkpointing, micro, ema, ours.get("reduce_bucket_size"),
-        ours.get("stage3_max_live_parameters", deepspeed_config.LIVE), trained, inner, part.shares,
+        ours.get("stage3_max_live_parameters", deepspeed_config.LIVE), trained, lora, part.shares,
     )  # fmt: skip
 
 
@@ -231,7 +230,7 @@ def writes_of(path: str, model: Model, placed: Placement, name: str, suffix: str
     """
     need, width = placed.need, BYTES[model.dtype]
     counts = {name: (path + suffix, model.count(need.head))}
-    if need.adapters is not None:
+    if need.lora is not None:
         counts[f"{name}_adapter"] = f"{path}{suffix}-adapter", need.trained
     artifacts = {key: directory for key, (directory, _) in counts.items()}
     return artifacts, [

@@ -25,6 +25,8 @@ def layout(plan: Json) -> str:
     blocks: dict[str, list[str]] = {}
     for stage in plan["stages"]:
         for name, engine in stage["engines"].items():
+            if engine["shares"]:
+                continue
             said = f"zero = {engine['zero']}, offload = {engine['offload']}"
             if engine["trains"]:
                 said += f", gradient_checkpointing = {'on' if engine['gradient_checkpointing'] else 'off'}"
@@ -103,6 +105,8 @@ def _engines(stage: Json) -> list[str]:
     rows: list[list[str]] = [["", *engines]]
     rows.append(["  model", *(_weights(engine) for engine in engines.values())])
     rows.append(["  parameters", *(figures.parameters(memory[name]["parameters"]) for name in engines)])
+    if any(engine["lora"] is not None or engine["shares"] for engine in engines.values()):
+        rows.append(["  LoRA", *(_lora(engine, memory[name]["trained"]) for name, engine in engines.items())])
     rows.append(["  type", *(engine["dtype"] for engine in engines.values())])
     rows.append(["  ZeRO / offload", *(f"{e['zero']} / {_offload(e['offload'])}" for e in engines.values())])
     rows.append(["  micro x accum", *(f"{e['micro']} x {e['accumulation']}" for e in engines.values())])
@@ -253,6 +257,12 @@ def _weights(engine: Json) -> str:
         return str(weights["model"])
     named = weights["artifact"] in ("ema", "critic")
     return f"{weights['stage']}.{weights['artifact']}" if named else str(weights["stage"])
+
+
+def _lora(engine: Json, trained: int | None) -> str:
+    if engine["shares"]:
+        return f"base of {engine['shares']}"
+    return "-" if engine["lora"] is None else f"rank {engine['lora']['rank']}: {figures.parameters(trained)}"
 
 
 def _schedule(schedule: Json | None) -> str:

@@ -124,7 +124,7 @@ class _Clock:
     def passes(self, sequences: float, length: float, *, train: bool) -> float:
         """Seconds of forward (and backward) passes over `sequences`, in micro batches."""
         need, tokens = self.placed.need, sequences * length
-        backward = 2 if need.adapters is None else 1  # frozen weights need no gradient, their inputs do
+        backward = 2 if need.lora is None else 1  # frozen weights need no gradient, their inputs do
         forwards = 1 + backward + self.placed.checkpointing if train else 1
         compute = forwards * tokens * self.flops(length) / (self.rates.matmul * self.rates.train)
         micros = sequences / (self.placed.micro * need.sequences)

@@ -95,15 +95,19 @@ def test_a_layer_keeps_what_autograd_saves(kind, dtype):
     assert layer_tokens(shape(numbers), 64, dtype, eager) == pytest.approx(counted, rel=0.05)
 
 
-def saved(numbers, dtype, eager, rows=2, length=64):
-    """Bytes that autograd saves for each token of a forward pass, parameters and buffers apart."""
+def saved(numbers, dtype, eager, rows=2, length=64, lora=None):
+    """Bytes that autograd saves for each token of a forward pass, parameters and buffers apart; lora: with adapters."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    from rlhfdsl.models.lora import add_adapters
 
     model = AutoModelForCausalLM.from_config(
         config_of(numbers), dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
         attn_implementation="eager" if eager else "sdpa",
     ).train()  # fmt: skip
+    if lora is not None:
+        add_adapters(model, lora, seed=0, scalar=False)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
 

@@ -1,0 +1,169 @@
+"""Adapters in numbers: layers and counts against peft, what a layer keeps against autograd, memory and plan by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from shapes import config_of, tiny
+from test_catalog import SMALLEST
+from test_memory import saved
+from workshop import HEAD, PAIRS, PIPELINE, gpus
+
+from rlhfdsl.language import load
+from rlhfdsl.planning import compile, hardware, lock
+from rlhfdsl.planning.adapters import Lora, chosen, linears
+from rlhfdsl.planning.catalog import lookup, parameters, shape
+from rlhfdsl.planning.families import FAMILIES, GATED
+from rlhfdsl.planning.memory import layer_tokens, states
+from rlhfdsl.planning.render import layout
+from rlhfdsl.planning.render import render as plan_text
+
+ROOT = Path(__file__).resolve().parents[2]
+RANK = 8
+# One family for each table of layers, and those whose norms or attention keep other things.
+TABLES = ("llama", "phi3", "opt", "gpt2", "gpt_neox", "bloom")
+KEEPING = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "opt", "gpt_neox", "bloom")
+
+
+def entry(**changes):
+    return {"rank": RANK, "alpha": 16, "dropout": 0.0, "targets": [], "lr": None} | changes
+
+
+def adapted(numbers, paths, head="none", device="meta"):
+    """The model of the numbers with adapters at the paths of each layer, as peft makes it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from rlhfdsl.models.lora import add_adapters
+
+    automodel = AutoModelForCausalLM if head == "none" else AutoModelForSequenceClassification
+    with torch.device(device):
+        model = automodel.from_config(config_of(numbers))
+        add_adapters(model, entry(targets=paths), seed=0, scalar=head == "scalar")
+    return model
+
+
+@pytest.mark.parametrize("numbers", [
+    *(tiny(kind) | {"kv_heads": 2 if kind in GATED else 4} for kind in TABLES),
+    *(lookup(hub) for hub in ("facebook/opt-350m", SMALLEST["gemma3_text"])),
+], ids=lambda n: f"{n['type']}-{n['hidden']}")  # fmt: skip
+def test_counts_equal_peft(numbers):
+    """Two choices of layers, as a causal model and as one with a scalar head, which trains too."""
+    known = shape(numbers)
+    for targets, head in (("all", "none"), ("attention", "scalar")):
+        layers = chosen(targets, linears(known))
+        trained = known.layers * sum(RANK * (layer.inputs + layer.outputs) for layer in layers)
+        model = adapted(numbers, [layer.path for layer in layers], head)
+        assert sum(p.numel() for p in model.parameters()) == parameters(known, head) + trained
+        more = known.embed if head == "scalar" else 0
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained + more
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_all_is_what_peft_takes_for_all(kind):
+    from rlhfdsl.models.lora import lora_layers
+
+    numbers = tiny(kind)
+    ours, theirs = (
+        {(layer.in_features, layer.out_features) for layer in lora_layers(model)} | {len(lora_layers(model))}
+        for model in (adapted(numbers, paths) for paths in ([x.path for x in linears(shape(numbers))], "all-linear"))
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+def test_a_frozen_layer_keeps_what_autograd_saves(kind):
+    """As in test_memory, for matrices with and without adapters beside them; within 2 %."""
+    numbers = tiny(kind) | {"hidden": 128, "context": 128, "kv_heads": 2 if FAMILIES[kind].gated else 4}
+    numbers |= {"intermediate": 512} | ({"head_dim": 48} if "head_dim" in numbers else {})
+    eager = not FAMILIES[kind].sdpa
+    for targets in ("all", ["q_proj", "qkv_proj", "query_key_value"]):
+        layers = chosen(targets, linears(shape(numbers)))
+        lora = entry(targets=[layer.path for layer in layers])
+        two, three = (saved(numbers | {"layers": count}, "bf16", eager, lora=lora) for count in (3, 4))
+        expected = layer_tokens(shape(numbers), 64, "bf16", eager, Lora(lora, layers, None))
+        assert expected == pytest.approx(three - two, rel=0.02), targets
+
+
+def test_states_by_hand():
+    """1 M parameters of which 10 k train, bf16: 2 bytes for each, and 4 + 2 + 12 for each that trains."""
+    given = {"dtype": "bf16", "offload": "off", "trains": True, "nodes": 1, "trained": 10_000}
+    one = states(10**6, 0, zero=1, gpus=1, **given)
+    assert (one.weights, one.gradients, one.optimizer) == (2 * 10**6, 6 * 10**4, 12 * 10**4)
+    two = states(10**6, 0, zero=2, gpus=4, **given)
+    assert (two.weights, two.gradients, two.optimizer) == (2 * 10**6, 15_000, 30_000)
+    three = states(10**6, 0, zero=3, gpus=4, **given)
+    assert (three.weights, three.gradients, three.optimizer) == (5 * 10**5, 10_000, 30_000)
+    host = states(10**6, 0, zero=3, gpus=4, **given | {"offload": "both"}).host
+    assert host == int(1.5 * (2 * 10**6 + 16 * 10**4))
+    assert states(10**6, 0, zero=0, gpus=1, **given | {"dtype": "fp32"}).total == 4 * 10**6 + 12 * 10**4
+
+
+ADAPTED = PIPELINE.replace("actor { model = stage.sft, lr = 1e-4 }", """actor {
+    model = stage.sft, lr = 1e-4, ema = 0.9
+    lora { rank = 4 }
+  }""").replace("critic { model = stage.reward, lr = 1e-4 }", """critic {
+    model = stage.reward, lr = 1e-4
+    lora { rank = 2, targets = ["q_proj"] }
+  }""")  # fmt: skip
+LAYERS = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 96))  # TINY: 2 layers, rank 4, hidden 32, intermediate 96
+
+
+def engines(plan):
+    stage = plan["stages"][-1]
+    return stage, stage["engines"], stage["memory"]["engines"]
+
+
+def test_the_actors_base_is_the_reference(shop):
+    plan = shop.plan(ADAPTED)
+    stage, planned, memory = engines(plan)
+    assert planned["ref"]["shares"] == "actor" and planned["ref"]["deepspeed"] is None
+    assert planned["ref"]["micro"] == planned["actor"]["micro"] and memory["ref"]["total"] == 0
+    assert stage["batch"]["why"]["ref.zero"] == "the actor's base, with its adapters off"
+    assert memory["actor"]["trained"] == LAYERS and memory["actor"]["average"] == 4 * LAYERS
+    assert memory["critic"]["trained"] == 32 + 2 * 2 * (32 + 32)  # the head, and rank 2 beside 2 matrices
+    assert memory["reward"]["trained"] == 0
+    assert stage["artifacts"]["policy_adapter"].endswith("ppo/actor-adapter")
+    assert {"path": stage["artifacts"]["ema_adapter"], "bytes": 4 * LAYERS} in stage["writes"]
+    assert "base of actor" in plan_text(plan) and "ppo.ref" not in layout(plan)
+    whole = shop.plan(PIPELINE)
+    saved = sum(engines(whole)[2][name]["total"] - memory[name]["total"] for name in ("actor", "ref"))
+    count = memory["ref"]["parameters"]
+    assert saved == 4 * count + 12 * (count - LAYERS) - 4 * LAYERS - 4 * LAYERS  # a reference less; adapters, average
+
+
+def test_a_reference_of_other_weights_has_its_own(shop):
+    plan, _ = shop.compile(ADAPTED.replace("  reward { model", "  ref { model = model.tiny }\n  reward { model"))
+    _, planned, memory = engines(plan)
+    assert planned["ref"]["shares"] is None and planned["ref"]["deepspeed"] and memory["ref"]["total"] > 0
+
+
+def test_zero_of_a_shared_reference_is_the_actors(shop):
+    text = ADAPTED.replace("lr = 1e-4, ema", "lr = 1e-4, parallel = parallel.p, ema")
+    _, planned, _ = engines(shop.plan(text + "parallel p { zero = 3 }\n", gpus(4)))
+    assert [planned[name]["zero"] for name in ("actor", "ref", "reward")] == [3, 3, 3]
+
+
+def test_buckets_hold_what_trains(shop):
+    text = HEAD + 'model big { from = "facebook/opt-1.3b" }\n' + PAIRS + """stage sft {
+  model = model.big, data = data.pairs, batch = 8, length = 64, lr = 1e-4, parallel = parallel.p
+  lora { rank = 16 }
+}
+parallel p { zero = 3 }
+"""
+    zero = shop.plan(text, gpus(2))["stages"][0]["engines"]["policy"]["deepspeed"]["zero_optimization"]
+    trained = 24 * 16 * (4 * 4096 + 2 * (2048 + 8192))
+    assert zero["reduce_bucket_size"] == trained and zero["stage3_prefetch_bucket_size"] == 50_000_000
+
+
+@pytest.mark.parametrize(("name", "size"), [("opt-13b-lora-1gpu", "13b"), ("opt-30b-lora-1gpu", "30b")])
+def test_what_one_gpu_of_80_gb_holds(name, size):
+    """PPO beside a frozen base of 2 bytes for each parameter (30B: 59.9e9 bytes), the reference without any."""
+    recipe = load(ROOT / "recipes" / f"{name}.rlhf").recipe
+    memory_mib = hardware.catalog()["h100-80g"]["memory_mib"]
+    one = hardware.Target("cuda", "h100-80g", memory_mib * hardware.MIB, 1, 1, "--gpu")
+    stage, planned, memory = engines(compile(recipe, lock.empty(), one)[0])
+    weights = 2 * parameters(shape(lookup(f"facebook/opt-{size}")))
+    assert weights < memory["actor"]["weights"] < 1.005 * weights and memory["ref"]["total"] == 0
+    assert stage["memory"]["peak"] < 76 * 2**30 and planned["actor"]["gradient_checkpointing"]
