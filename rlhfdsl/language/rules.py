@@ -24,7 +24,7 @@ COLUMNS = {
     "text": ("text",),
 }
 
-_POLICIES = ("stage.sft",)  # stages that are themselves the engine of a policy
+_POLICIES = ("stage.sft", "stage.dpo")  # stages that are themselves the engine of a policy
 
 Blocks = Mapping[str, Block]
 Found = Iterator[Diagnostic]
@@ -165,17 +165,16 @@ def columns(blocks: Blocks) -> Found:
 def loras(blocks: Blocks) -> Found:
     """A rate of adapters needs something beside them that trains; a reference that is an actor's base has no place."""
     for stage in (block for block in blocks.values() if block.kind == "stage"):
-        for policy in (stage.blocks.get("actor"), stage if stage.type in _POLICIES else None):
-            lora = policy.blocks.get("lora") if policy is not None else None
-            if policy is not None and lora is not None and lora.written("lr"):
-                message = "only adapters train in a policy, and their rate is the engine's `lr`"
-                yield _error("E0311", message, lora.setting("lr").name, f"write it as `lr` of `{policy.address}`")
-        actor, ref = stage.blocks.get("actor"), stage.blocks.get("ref")
-        if actor is None or "lora" not in actor.blocks or ref is None or not ref.written("parallel"):
+        policy = stage if stage.type in _POLICIES else stage.blocks.get("actor")
+        lora, ref = policy.blocks.get("lora") if policy is not None else None, stage.blocks.get("ref")
+        if policy is None or lora is None:
             continue
-        if ref["model"] in (None, actor["model"]):
-            message = "the reference is the actor with its adapters off: it has no place of its own"
-            labels = tuple(Label(s, "the adapters") for s in (actor.blocks["lora"].span,) if s is not None)
+        if lora.written("lr"):
+            message = "only adapters train in a policy, and their rate is the engine's `lr`"
+            yield _error("E0311", message, lora.setting("lr").name, f"write it as `lr` of `{policy.address}`")
+        if ref is not None and ref.written("parallel") and ref["model"] in (None, policy["model"]):
+            message = "the reference is the policy with its adapters off: it has no place of its own"
+            labels = (Label(lora.span, "the adapters"),) if lora.span is not None else ()
             yield _error("E0311", message, ref.setting("parallel").name, "delete it", *labels)
 
 
