@@ -86,15 +86,37 @@ def plan(path: Path, *sets: str, gpus: int = 1) -> dict:
 
 
 def run_here(plan: dict, base: Path) -> None:
-    """All stages of a plan on this process's rank, each folder published as the supervisor does."""
+    """All stages of a plan on this process's rank, each folder published as the supervisor does; one that stops goes
+    on from its checkpoint."""
     from rlhfdsl.engines import distributed
-    from rlhfdsl.running.worker import PARTIAL, run_stage
+    from rlhfdsl.planning import keys
+    from rlhfdsl.running import schedule
+    from rlhfdsl.running.worker import run_stage
 
+    distributed.join(plan["target"]["device"])
     for stage in plan["stages"]:
-        run_stage(plan, stage, base)
+        done = False
+        while not done:
+            checkpoint = None
+            if distributed.rank() == 0:
+                action = schedule.decide(plan, stage, keys.stamp(plan, stage), thorough=True)
+                checkpoint = schedule.settle(stage, action)
+            done = run_stage(plan, stage, base, distributed.from_first(checkpoint)) is not None
         if distributed.rank() == 0:
-            os.replace(stage["output"] + PARTIAL, stage["output"])
+            os.replace(schedule.partial_of(Path(stage["output"])), stage["output"])
         distributed.barrier()
+
+
+def run_broken(plan: dict, base: Path, update: int) -> None:
+    """The same, with every stage broken off after `update` updates."""
+    from rlhfdsl.engines.checkpoint.keeper import Keeper
+
+    agreed = Keeper._agreed
+    Keeper._agreed = lambda self, done: (False, done == update and self.resume is None)
+    try:
+        run_here(plan, base)
+    finally:
+        Keeper._agreed = agreed
 
 
 if __name__ == "__main__":
@@ -102,5 +124,8 @@ if __name__ == "__main__":
     folder, gpus, *stages = Path(arguments[0]), int(arguments[1]), *arguments[2:]
     os.chdir(folder)
     for zero in stages:
-        sets = [f"parallel.shard.zero={zero}", f'recipe.output="runs/{gpus}-{zero}"']
-        run_here(plan(folder / "small.rlhf", *sets, gpus=gpus), folder)
+        shard, output = f"parallel.shard.zero={zero}", f"runs/{gpus}-{zero}"
+        run_here(plan(folder / "small.rlhf", shard, f'recipe.output="{output}"', gpus=gpus), folder)
+        if zero != "0":
+            broken = plan(folder / "small.rlhf", shard, f'recipe.output="{output}-broken"', gpus=gpus)
+            run_broken(broken, folder, 2)

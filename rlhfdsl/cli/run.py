@@ -24,6 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, help="folder of a saved plan's inputs (default: its own)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the run writes, in place of the recipe's")
     parser.add_argument("--sha256", metavar="HEX", help="refuse a saved plan or bundle with another hash")
+    parser.add_argument(
+        "--anew", action="store_true", help="start unfinished stages at their beginning; what they have is kept aside",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,16 +36,16 @@ def run(args: argparse.Namespace) -> int:
         recipe, plan, base = given(args)
         check_target(plan)
         from rlhfdsl.running.display import Display
-        from rlhfdsl.running.supervisor import execute
+        from rlhfdsl.running.supervisor import Interrupted, execute
 
         with Display() as display:
-            execute(plan, base, display)
+            execute(plan, base, display, anew=args.anew)
     except UserError as error:
         show_user_error(error, recipe)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped; finished stages are kept, run the same command to go on", file=sys.stderr)
-        return 130
+    except Interrupted as stop:
+        print(f"\n{visible(stop.message)}; run the same command to go on", file=sys.stderr)
+        return 128 + stop.signal
     print(visible(f"\ntalk to it with: rlhf chat {plan['recipe']['output']}"))
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -77,6 +78,24 @@ def all_max(tensor: torch.Tensor) -> torch.Tensor:
     shared = tensor.to(get_accelerator().current_device_name())
     comm.all_reduce(shared, op=comm.ReduceOp.MAX)
     return shared.to(tensor.device)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of the ranks, on every rank. For small plain values."""
+    if world() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world()
+    torch.distributed.all_gather_object(everyone, value)
+    return everyone
+
+
+def from_first(value: Any) -> Any:
+    """The `value` of rank 0 on every rank. For small plain values."""
+    if world() == 1:
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held)
+    return held[0]
 
 
 def my_rows(count: int) -> tuple[list[int], int]:

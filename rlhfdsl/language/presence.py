@@ -13,6 +13,8 @@ from rlhfdsl.language.suggest import listed
 
 _STRENGTH = {"default": 0, "base": 1, "file": 2, "param": 2, "profile": 3, "set": 4}
 
+_DURATIONS = ((86_400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+
 
 def missing(
     definition: Definition, address: str, header: Span, present: Iterable[str], inside: str
@@ -116,4 +118,7 @@ def shown(value: Any, attr: Attr) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple):
         return "[" + ", ".join(shown(item, attr) for item in value) + "]"
+    if isinstance(value, float) and any(schema.shape(a) == "duration" for a in attr.alternatives):
+        size, unit = next((size, unit) for size, unit in _DURATIONS if value % size == 0 or unit == "s")
+        return f"{value / size:g}{unit}"
     return str(value)

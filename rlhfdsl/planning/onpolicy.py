@@ -13,7 +13,7 @@ from rlhfdsl.planning.batches import largest_divisor, run_length
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.layout import Rollout
 from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, time_of, why, writes_of
-from rlhfdsl.planning.stages import Json, mean, seed_of, split, used, why_updates
+from rlhfdsl.planning.stages import Json, checkpoints, mean, seed_of, split, used, why_updates
 
 
 def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
@@ -148,7 +148,7 @@ def _settings(block: Block, rollouts: int | None, epochs: int | None) -> Json:
         "reward": {name: reward[name] for name in ("clip", "normalize", "missing_eos")},
         "ptx": None if ptx is None else {"weight": ptx["weight"], "batch": ptx["batch"]},
         "critic": None if critic is None else {"warmup_rollouts": critic["warmup_rollouts"]},
-        "log": every["log"], "eval_every": every["eval"], "samples_every": every["samples"],
+        "log": every["log"], "eval_every": every["eval"], "samples_every": every["samples"], **checkpoints(block),
     }  # fmt: skip
 
 

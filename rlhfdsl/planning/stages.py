@@ -85,7 +85,7 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
     settings: Json = {"epochs": epochs, "steps": block["steps"], "length": length}
     own = {"sft": ("loss",), "reward": ("normalize",), "dpo": ("beta", "smoothing", "precompute")}
     settings |= {name: block[name] for name in own[kind]}
-    settings |= {"log": every["log"], "eval_every": every["eval"]}
+    settings |= {"log": every["log"], "eval_every": every["eval"], **checkpoints(block)}
     artifacts, writes = writes_of(f"{output}/model", model, only, role)
     needs = dict.fromkeys(part.reference.address for part in parts)
     return {
@@ -143,3 +143,11 @@ def why_updates(known: bool, rows: int | None, batch: int, epochs: int | None, w
     if not known:
         return f"{epochs} x floor(rows / {batch}), known after lock"
     return f"{epochs} x floor({rows} / {batch})"
+
+
+def checkpoints(block: Block) -> Json:
+    """How often a stage saves, in updates (PPO: rollouts) or seconds, and how many of the checkpoints stay."""
+    every = block.blocks["every"]["checkpoint"]
+    # A duration is a float and a count an int: the language gives them so.
+    interval = None if every is None else {"seconds": every} if isinstance(every, float) else {"updates": every}
+    return {"checkpoint_every": interval, "keep": block["keep"]}

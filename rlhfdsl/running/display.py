@@ -43,7 +43,8 @@ class Display:
         name = stage["address"].removeprefix("stage.")
         match event["event"]:
             case "launch":
-                self._say(name, "starting")
+                again = event.get("do") in ("rerun", "resume")
+                self._say(name, f"starting: {event['reason']}" if again else "starting", force=again)
                 self._bar(name, stage, 0, "starting")
             case "start":
                 self._bar(name, stage, 0, "loading")
@@ -54,6 +55,12 @@ class Display:
             case "invariants":
                 drifts = "  ".join(f"{k.removeprefix('invariant_')} {v:.1e}" for k, v in _numbers(event).items())
                 self._say(name, f"checked before the first update: {drifts}", force=True)
+            case "lost":
+                self._say(name, f"a checkpoint cannot be used: {event['reason']}", force=True)
+            case "checkpoint_failed":
+                self._say(name, f"no checkpoint after {event['update']}: {event['reason']}", force=True)
+            case "stopping":
+                self._say(name, "stopping after this update, with a checkpoint; once more stops at once", force=True)
             case "sample":
                 self._say(name, sample_lines(event), force=True)
             case "cached":

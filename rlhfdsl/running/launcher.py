@@ -18,13 +18,22 @@ GRACE_SECONDS = 5.0
 
 
 def start(
-    plan: dict[str, Any], plan_path: Path, stage: dict[str, Any], base: Path, log: Path
+    plan: dict[str, Any],
+    plan_path: Path,
+    stage: dict[str, Any],
+    base: Path,
+    log: Path,
+    checkpoint: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start the ranks of a stage; their output goes to `log`. The launcher ends all of them when one fails."""
+    """Start the ranks of a stage; their output goes to `log`. The launcher ends all of them when one fails.
+
+    checkpoint: the one to go on from, every file of it compared with its manifest.
+    """
     target = plan["target"]
     worker = [
         "--module", "rlhfdsl.running.worker",
         "--plan", str(plan_path), "--stage", stage["address"], "--base", str(base),
+        *(["--checkpoint", str(checkpoint)] if checkpoint is not None else []),
     ]  # fmt: skip
     if target["nodes"] > 1:
         # DeepSpeed's runner reaches the other nodes of its hostfile by ssh.

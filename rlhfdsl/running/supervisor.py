@@ -1,27 +1,29 @@
 """Runs the stages of a plan in order, each in worker processes, and follows them through their metrics files.
 
 A stage writes to `<output>.partial`; the folder takes its real name when the stage is complete, with `result.json`
-in it, so a folder without the suffix is always whole. A complete stage whose key is the same is not run again.
+in it, so a folder without the suffix is always whole. What is done with each stage is decided in schedule.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.planning import keys
 from rlhfdsl.planning.lock import packages
-from rlhfdsl.running import launcher
+from rlhfdsl.running import launcher, schedule
 from rlhfdsl.running.inputs import verify_inputs
 from rlhfdsl.running.metrics import MetricsFollower
-from rlhfdsl.running.worker import PARTIAL
 
 POLL_SECONDS = 0.2
 
@@ -29,103 +31,162 @@ Event = dict[str, Any]
 Show = Callable[[dict[str, Any], Event], None]
 
 
-def execute(plan: dict[str, Any], base: Path, show: Show) -> dict[str, dict[str, float]]:
+class Interrupted(Exception):
+    """The run was asked to end by a signal, and did. `message` says where it will go on."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.signal = signal
+        self.message = message
+
+
+def execute(plan: dict[str, Any], base: Path, show: Show, *, anew: bool = False) -> dict[str, dict[str, float]]:
     """Run every stage of a plan that is not complete yet. Returns each stage's evaluation by its address.
 
     base: the folder that the plan's input paths are relative to; outputs are relative to the working directory.
-    show: called with a stage of the plan and each of its events, beside the metrics with `cached` and `done`.
-    Raises UserError when a stage fails; what earlier stages made stays.
+    show: called with a stage of the plan and each of its events, beside the metrics with those of the supervisor.
+    anew: start unfinished stages at their beginning. On SIGINT, SIGTERM or SIGHUP the stage saves a checkpoint after
+    the update that is running; at the second signal it ends at once. Raises UserError when a stage fails and
+    Interrupted after a signal; what earlier stages made stays.
     """
     output = Path(plan["recipe"]["output"])
     output.mkdir(parents=True, exist_ok=True)
     plan_path = output / "plan.json"
     plan_path.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     results: dict[str, dict[str, float]] = {}
-    keys: dict[str, str] = {}
-    for stage in plan["stages"]:
-        key = keys[stage["address"]] = stage_key(plan, stage, keys)
-        result = _finished(stage, key)
-        if result is None:
-            result = _run(plan, plan_path, stage, base, key, show)
-            show(stage, {"event": "done", **result["evaluation"], "seconds": result["seconds"]})
-        else:
-            show(stage, {"event": "cached", **result["evaluation"]})
-        results[stage["address"]] = result["evaluation"]
+    with Signals() as signals:
+        for stage in plan["stages"]:
+            stamp = keys.stamp(plan, stage)
+            action = schedule.decide(plan, stage, stamp, thorough=True, anew=anew)
+            for text in action.lost:
+                show(stage, {"event": "lost", "reason": text})
+            if action.do != "cached":
+                verify_inputs(plan, stage, base)
+            checkpoint = schedule.settle(stage, action)
+            if action.do == "cached":
+                result = schedule.read_result(Path(stage["output"])) or {}
+                show(stage, {"event": "cached", **result["evaluation"]})
+            else:
+                show(stage, {"event": "launch", "do": action.do, "reason": action.reason})
+                result = Running(plan, plan_path, stage, base, stamp, show, signals).run(checkpoint)
+                show(stage, {"event": "done", **result["evaluation"], "seconds": result["seconds"]})
+            results[stage["address"]] = result["evaluation"]
+            signals.end_if_asked(f"{stage['address']} is complete")
     return results
 
 
-def stage_key(plan: dict[str, Any], stage: dict[str, Any], upstream: dict[str, str]) -> str:
-    """A hash over everything that decides what a stage makes: its engines, data, settings, and what it needs.
+class Signals:
+    """Counts the signals that ask a run to end. Use as a context manager, in the main thread."""
 
-    How often it logs, what memory it was predicted to take and where it writes are not in it.
-    """
-    settings = {k: v for k, v in stage["settings"].items() if k not in ("log", "eval_every", "samples_every")}
-    needs = {name: upstream.get(name) or plan["models"][name] for name in stage["needs"]}
-    decisive = {
-        "kind": stage["kind"],
-        "seed": stage["seed"],
-        "settings": settings,
-        "batch": {k: v for k, v in stage["batch"].items() if k != "why"},
-        "engines": stage["engines"],
-        "edges": stage["edges"],
-        "needs": needs,
-        "world": plan["target"]["world"],
-        "device": plan["target"]["device"],
-    }
-    text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.held: dict[int, Any] = {}
 
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays what it is
+                    self.held[number] = signal.signal(number, self._take)
+        return self
 
-def _finished(stage: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """The result of a complete stage with this key. One of another key is kept aside under a number."""
-    output = Path(stage["output"])
-    if not output.exists():
-        return None
-    result_path = output / "result.json"
-    if result_path.exists():
-        result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
-        if result["key"] == key and all(Path(path).is_dir() for path in stage["artifacts"].values()):
-            return result
-    number = 1
-    while (aside := output.with_name(f"{output.name}.{number}")).exists():
-        number += 1
-    output.rename(aside)
-    return None
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.held.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        if self.asked is not None:
+            raise Interrupted(number, "stopped at once")
+        self.asked = number
+
+    def end_if_asked(self, where: str) -> None:
+        """Raise Interrupted between two stages."""
+        if self.asked is not None:
+            raise Interrupted(self.asked, where)
 
 
-def _run(
-    plan: dict[str, Any], plan_path: Path, stage: dict[str, Any], base: Path, key: str, show: Show
-) -> dict[str, Any]:
-    verify_inputs(plan, stage, base)
-    partial = Path(stage["output"] + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    log = partial / "log.txt"
-    started = time.time()
-    show(stage, {"event": "launch"})
-    process = launcher.start(plan, plan_path.resolve(), stage, base.resolve(), log)
-    follower = MetricsFollower(partial / "metrics.jsonl")
-    evaluation: dict[str, float] = {}
-    try:
-        running = True
-        while running:
-            running = process.poll() is None
-            for event in follower.new():
-                show(stage, event)
-                if event["event"] == "eval":
-                    evaluation |= {k: v for k, v in event.items() if k.startswith(("eval_", "ema_"))}
-            if running:
-                time.sleep(POLL_SECONDS)
-    except BaseException:
-        launcher.stop(process)
-        raise
-    if process.returncode != 0:
-        raise _failure(stage, partial, process.returncode)
-    seconds = round(time.time() - started, 1)
-    result = {"key": key, "stage": stage["address"], "evaluation": evaluation, "seconds": seconds, **_record(plan)}
-    (partial / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, stage["output"])
-    return result
+class Running:
+    """One stage while its ranks run."""
+
+    def __init__(
+        self, plan: dict[str, Any], plan_path: Path, stage: dict[str, Any], base: Path, stamp: dict[str, Any],
+        show: Show, signals: Signals,
+    ):  # fmt: skip
+        self.plan, self.plan_path, self.stage, self.base = plan, plan_path, stage, base
+        self.stamp, self.show, self.signals = stamp, show, signals
+        self.partial = schedule.partial_of(Path(stage["output"]))
+        self.follower = MetricsFollower(self.partial / "metrics.jsonl")
+        self.evaluation: dict[str, float] = {}
+        self.stopped: Event | None = None
+
+    def run(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Start the ranks, follow them to their end and publish what they made. Returns the result."""
+        earlier = list(self.follower.new())
+        for event in earlier:
+            self._take(event, show=False)
+        started = time.time()
+        process = launcher.start(
+            self.plan, self.plan_path.resolve(), self.stage, self.base.resolve(), self.partial / "log.txt", checkpoint
+        )
+        told = False
+        try:
+            running = True
+            while running:
+                running = process.poll() is None
+                for event in self.follower.new():
+                    self._take(event, show=True)
+                if self.signals.asked is not None and not told:
+                    (self.partial / store.STOP).touch()
+                    self.show(self.stage, {"event": "stopping"})
+                    told = True
+                if running:
+                    time.sleep(POLL_SECONDS)
+        except BaseException:
+            launcher.stop(process)
+            raise
+        if process.returncode != 0:
+            raise _failure(self.stage, self.partial, process.returncode)
+        if self.stopped is not None:
+            raise Interrupted(self.signals.asked or signal.SIGTERM, self._where())
+        return self._publish(seconds_of(earlier) + time.time() - started)
+
+    def _take(self, event: Event, show: bool) -> None:
+        if show:
+            self.show(self.stage, event)
+        match event["event"]:
+            case "eval":
+                self.evaluation |= {k: v for k, v in event.items() if k.startswith(("eval_", "ema_"))}
+            case "stopped":
+                self.stopped = event
+
+    def _where(self) -> str:
+        assert self.stopped is not None
+        update, of = self.stopped["update"], self.stopped["of"]
+        saved = "with a checkpoint" if self.stopped["saved"] else "without a new checkpoint"
+        return f"{self.stage['address']} stopped after {update} of {of} {schedule.unit(self.stage)}, {saved}"
+
+    def _publish(self, seconds: float) -> dict[str, Any]:
+        """Give a complete stage its result and its name. Its checkpoints have served."""
+        result = {**self.stamp, "evaluation": self.evaluation, "seconds": round(seconds, 1), **_record(self.plan)}
+        path = self.partial / schedule.RESULT
+        with path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(result, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        output = Path(self.stage["output"])
+        os.replace(self.partial, output)
+        shutil.rmtree(output / store.FOLDER, ignore_errors=True)
+        return result
+
+
+def seconds_of(events: list[Event]) -> float:
+    """How long the starts of a stage ran that these events are of, each from its first to its last."""
+    total, began, last = 0.0, None, 0.0
+    for event in events:
+        if event["event"] == "start":
+            total += 0.0 if began is None else last - began
+            began = event["time"]
+        last = event["time"]
+    return total + (0.0 if began is None else last - began)
 
 
 def _failure(stage: dict[str, Any], partial: Path, code: int) -> UserError:

@@ -16,8 +16,7 @@ from typing import Any
 from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.running.launcher import die_with_parent
 from rlhfdsl.running.metrics import MetricsWriter
-
-PARTIAL = ".partial"  # the suffix of a stage's folder until the stage is complete
+from rlhfdsl.running.schedule import partial_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,19 +24,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--stage", required=True)
     parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--local_rank", type=int, default=0)  # the launcher adds it
     options = parser.parse_args(arguments)
     die_with_parent()
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
     stage = find_stage(plan, options.stage)
     try:
-        run_stage(plan, stage, options.base)
+        run_stage(plan, stage, options.base, options.checkpoint)
         from deepspeed import comm
 
         comm.destroy_process_group()
     except Exception as error:
         traceback.print_exc()
-        _leave_error(Path(stage["output"] + PARTIAL), error)
+        _leave_error(partial_of(Path(stage["output"])), error)
         # The other ranks may wait for this one in a collective call: leave without joining them.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -45,8 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_stage(plan: dict[str, Any], stage: dict[str, Any], base: Path) -> dict[str, float]:
-    """Run one stage on this rank, in this process. Writes to the stage's partial folder; returns its evaluation."""
+def run_stage(
+    plan: dict[str, Any], stage: dict[str, Any], base: Path, checkpoint: Path | None = None
+) -> dict[str, float] | None:
+    """Run one stage on this rank, in this process. Writes to the stage's partial folder.
+
+    checkpoint: the one to go on from. Returns the evaluation, None when the stage was asked to stop.
+    """
     import logging
 
     import torch
@@ -54,22 +59,27 @@ def run_stage(plan: dict[str, Any], stage: dict[str, Any], base: Path) -> dict[s
     from deepspeed.utils import logger
 
     from rlhfdsl.engines import distributed
+    from rlhfdsl.engines.checkpoint.keeper import Stopped
     from rlhfdsl.training import dpo, grpo, ppo, reward, rloo, sft
     from rlhfdsl.training.context import Context
 
     logger.setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     device = distributed.join(plan["target"]["device"])
-    directory = Path(stage["output"] + PARTIAL)
+    directory = partial_of(Path(stage["output"]))
     directory.mkdir(parents=True, exist_ok=True)
     main_rank = distributed.rank() == 0
     report = MetricsWriter(directory / "metrics.jsonl") if main_rank else _ignore
     torch.manual_seed(stage["seed"] + 100_003 * distributed.rank())
-    context = Context(plan, stage, base, directory, device, report)
+    context = Context(plan, stage, base, directory, device, report, checkpoint)
     stages = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo, "rloo": rloo}
     run = stages[stage["kind"]].run
     report("start", stage=stage["address"], world=distributed.world(), device=str(device))
-    result = run(context)
+    try:
+        result = run(context)
+    except Stopped as stopped:
+        report("stopped", update=stopped.update, of=stopped.of, saved=stopped.saved)
+        return None
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     report("end", peak_memory=memory)
     distributed.barrier()

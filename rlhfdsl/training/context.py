@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,11 @@ import torch
 
 from rlhfdsl.data.edge import load_edge
 from rlhfdsl.engines import distributed
+from rlhfdsl.engines.checkpoint.keeper import Carries, Keeper
 from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine
 from rlhfdsl.models.loading import load_model, make_scratch, partitioned
 from rlhfdsl.models.tokenizers import generation_settings, load_tokenizer, stop_ids
+from rlhfdsl.planning.keys import stamp
 from rlhfdsl.planning.lock import pinned
 
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
@@ -29,6 +31,7 @@ class Context:
     base: the folder that the plan's input paths are relative to.
     directory: where the stage writes, a folder that becomes the plan's output when the stage is complete.
     report: called as report(event, **numbers) on every rank; only rank 0's calls are kept.
+    resume: the checkpoint that the stage goes on from.
     """
 
     plan: dict[str, Any]
@@ -37,6 +40,7 @@ class Context:
     directory: Path
     device: torch.device
     report: Report
+    resume: Path | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -85,6 +89,16 @@ class Context:
         """The frozen policy `ref` of the plan: an engine of its own, or the actor's base with its adapters off."""
         spec = self.stage["engines"]["ref"]
         return BasePolicy(spec, actor) if spec["shares"] else self.engine("ref", PolicyEngine)
+
+    def keeper(self, engines: Mapping[str, Engine], updates: int, carries: Carries | None = None) -> Keeper:
+        """The checkpoints of the stage: of the `engines` that train, and of what `carries` has beside them.
+
+        updates: how many the stage makes (PPO: rollouts).
+        """
+        return Keeper(
+            self.directory, engines, manifest=stamp(self.plan, self.stage), every=self.settings["checkpoint_every"],
+            keep=self.settings["keep"], resume=self.resume, report=self.report, of=updates, carries=carries,
+        )  # fmt: skip
 
     def weights_of(self, name: str) -> dict[str, str]:
         return self.stage["engines"][name]["weights"]

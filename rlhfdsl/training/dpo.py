@@ -40,10 +40,12 @@ def run(context: Context) -> dict[str, float]:
     reference = Reference(context, engine)
     reference.read("train", train)
     reference.read("eval", held_out)
+    keeper = context.keeper({"policy": engine}, updates)
+    done = keeper.restore()
 
-    if held_out:
+    if held_out and not done:
         context.report("eval", update=0, of=updates, **evaluate(engine, reference, held_out, context))
-    for update in range(updates):
+    for update in range(done, updates):
         started = time.perf_counter()
         chosen = batch_rows(len(train), batch, update, context.seed, context.shuffles("train"))
         rows = chosen[rank::world]
@@ -70,6 +72,7 @@ def run(context: Context) -> dict[str, float]:
             )  # fmt: skip
         if held_out and due(settings["eval_every"], update, updates):
             context.report("eval", update=update + 1, of=updates, **evaluate(engine, reference, held_out, context))
+        keeper.after(update + 1)
 
     result = evaluate(engine, reference, held_out, context) if held_out else {}
     context.report("eval", update=updates, of=updates, **result)

@@ -45,10 +45,14 @@ def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
     world, rank = distributed.world(), distributed.rank()
     warmup = settings["critic"]["warmup_rollouts"] if engines.critic is not None else 0
 
-    before = answer(trainer, held_out) if held_out else None
-    if before:
-        context.report("eval", update=0, of=batch["rollouts"], **summary(before))
-    for rollout in range(batch["rollouts"]):
+    trained = {engine.name: engine for engine in trainer.trained(actor=True)}
+    keeper = context.keeper(trained, batch["rollouts"], trainer)
+    done = keeper.restore()
+    if held_out and not done:
+        trainer.before = answer(trainer, held_out)
+        context.report("eval", update=0, of=batch["rollouts"], **summary(trainer.before))
+    before = trainer.before
+    for rollout in range(done, batch["rollouts"]):
         chosen = batch_rows(len(prompts), batch["prompts"], rollout, context.seed, context.shuffles("train"))
         rows = list(range(rank, batch["prompts"], world))
         experience, metrics = trainer.generate_experience([prompts[chosen[i]] for i in rows], rows)
@@ -64,6 +68,7 @@ def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
         if before and due(settings["eval_every"], rollout, batch["rollouts"]):
             after = answer(trainer, held_out)
             context.report("eval", update=rollout + 1, of=batch["rollouts"], **summary(after, before))
+        keeper.after(rollout + 1)
 
     result: dict[str, float] = {}
     if before:

@@ -69,6 +69,24 @@ class OnPolicy(ABC):
         self.kl_coefficient: float = settings["kl"]["coef"]
         self.rollouts = 0
         self.average: MovingAverage | None = None
+        self.before: dict[str, Any] | None = None  # what the policy answered before the first update
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the engines, of this rank: tensors, numbers and dicts of them."""
+        return {
+            "kl_coefficient": self.kl_coefficient,
+            "rollouts": self.rollouts,
+            "average": self.average.shard if self.average is not None else {},
+            "before": self.before,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.kl_coefficient, self.rollouts, self.before = state["kl_coefficient"], state["rollouts"], state["before"]
+        for name, tensor in state["average"].items():
+            self.average.shard[name].copy_(tensor)
 
     # -- what an algorithm decides ---------------------------------------------------------------------------------
 

@@ -28,10 +28,12 @@ def run(context: Context) -> dict[str, float]:
     updates, batch = context.stage["batch"]["updates"], context.stage["batch"]["batch"]
     settings = context.settings
     world, rank = distributed.world(), distributed.rank()
+    keeper = context.keeper({"policy": engine}, updates)
+    done = keeper.restore()
 
-    if held_out:
+    if held_out and not done:
         context.report("eval", update=0, of=updates, **evaluate(engine, held_out, context))
-    for update in range(updates):
+    for update in range(done, updates):
         started = time.perf_counter()
         chosen = batch_rows(len(train), batch, update, context.seed, context.shuffles("train"))
         mine = [train[i] for i in chosen[rank::world]]
@@ -52,6 +54,7 @@ def run(context: Context) -> dict[str, float]:
             )  # fmt: skip
         if held_out and due(settings["eval_every"], update, updates):
             context.report("eval", update=update + 1, of=updates, **evaluate(engine, held_out, context))
+        keeper.after(update + 1)
 
     result = evaluate(engine, held_out, context) if held_out else {}
     context.report("eval", update=updates, of=updates, **result)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import plan, run_here, write_recipe
+from pipeline import plan, run_broken, run_here, write_recipe
 from safetensors.torch import load_file
 
 from rlhfdsl.engines.ports import free_port
@@ -34,6 +34,7 @@ def runs(tmp_path_factory) -> Path:
         for zero in ZERO:
             sets = [f"parallel.shard.zero={zero}", f'recipe.output="runs/1-{zero}"']
             run_here(plan(folder / "small.rlhf", *sets), folder)
+        run_broken(plan(folder / "small.rlhf", 'recipe.output="runs/1-0-broken"'), folder, 2)
     finally:
         os.chdir(here)
     launch = [
@@ -84,3 +85,27 @@ def test_the_average_is_neither_the_start_nor_the_end(runs):
     for name in actor:
         if actor[name].dim() == 2:
             assert 0 < (average[name] - sft[name]).norm() < (actor[name] - sft[name]).norm()
+
+
+@pytest.mark.parametrize("run", ["1-0", "2-2", "2-3"])
+def test_a_run_that_was_broken_off_ends_with_the_same_bits(runs, run):
+    weights = sorted(path.relative_to(runs / run) for path in (runs / run).rglob("*.safetensors"))
+    assert len(weights) == 6
+    for path in weights:
+        assert (runs / f"{run}-broken" / path).read_bytes() == (runs / run / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("run", ["1-0", "2-2", "2-3"])
+def test_its_metrics_go_on_where_the_checkpoint_was(runs, run):
+    for stage in ("sft", "reward", "ppo"):
+        found, whole = (read_metrics(runs / name / stage / "metrics.jsonl") for name in (f"{run}-broken", run))
+        assert [e["event"] for e in found].count("start") == 2
+        assert [e["update"] for e in found if e["event"] == "resume"] == [2]
+        for kind in ("update", "eval", "invariants", "sample"):
+            assert timeless(found, kind) == timeless(whole, kind)
+    samples = [(runs / name / "ppo" / "samples.jsonl").read_bytes() for name in (f"{run}-broken", run)]
+    assert samples[0] == samples[1]
+
+
+def timeless(events: list[dict], kind: str) -> list[dict]:
+    return [{k: v for k, v in e.items() if k != "time" and "second" not in k} for e in events if e["event"] == kind]

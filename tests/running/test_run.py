@@ -13,8 +13,8 @@ import pytest
 from pipeline import RECIPE, plan, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhfdsl.planning.keys import keys
 from rlhfdsl.running.metrics import MetricsFollower, MetricsWriter, read_metrics
-from rlhfdsl.running.supervisor import stage_key
 
 SFT_ONLY = RECIPE[: RECIPE.index("stage reward")].replace("reward = 30%, ppo = 25%", "rest = 55%")
 
@@ -183,17 +183,12 @@ def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
     assert not psutil.wait_procs(family, timeout=20)[1]
 
 
-def keys(made: dict) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for stage in made["stages"]:
-        found[stage["address"]] = stage_key(made, stage, found)
-    return found
-
-
 def test_the_key_of_a_stage_covers_what_it_learns_from_and_nothing_else(project):
     path = project / "small.rlhf"
     first = keys(plan(path))
-    assert first == keys(plan(path, "stage.sft.every.log=7", "stage.ppo.every.samples=off"))
+    same = ("stage.sft.every.log=7", "stage.ppo.every.samples=off", "stage.sft.keep=5", "stage.ppo.every.checkpoint=1")
+    assert first == keys(plan(path, *same))
+    assert first == keys(plan(path, "parallel.shard.zero=2", "parallel.shard.micro=1", gpus=2))
 
     def changed(*sets: str) -> set[str]:
         return {address for address, key in keys(plan(path, *sets)).items() if key != first[address]}

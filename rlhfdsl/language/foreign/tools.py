@@ -38,7 +38,7 @@ _CODE = "code of a model repository is never run"
 _ONE = "a sequence stays on one GPU"
 _TEMPLATE = "the model's template is always applied"
 _COLUMNS = 'which column is which: columns { prompt = "…" }'
-_SAVE = "a stage saves its result at its end"
+_SAVE = "`every { checkpoint = 10m }` and `keep` say it; a stage saves its result at its end"
 
 _COMMON = {
     "gradient_accumulation_steps": "@accumulation",
