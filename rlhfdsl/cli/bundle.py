@@ -10,7 +10,7 @@ from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
 from rlhfdsl.cli.planned import add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.cli.saving import is_saved, read_saved
 from rlhfdsl.language import UserError
-from rlhfdsl.planning import saved
+from rlhfdsl.planning import places, saved
 from rlhfdsl.planning.validate import validate_plan
 
 HELP = "pack a recipe with its lock, plan and local data into one file that `rlhf run` takes"
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path(f"{args.file.stem}.rlhfb")
     validate_plan(plan)
     try:
-        saved.confined(plan)
+        places.confined(plan)
         data = saved.make(
             saved.BUNDLE, recipe, plan, planned.locked, target, compiled_with(args), max(0, args.limit) << 20
         )

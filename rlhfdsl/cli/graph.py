@@ -7,6 +7,7 @@ import sys
 
 from rlhfdsl.cli.common import ERROR, OK
 from rlhfdsl.cli.planned import add_plan_options, plan_or_recipe
+from rlhfdsl.language.terminal import visible
 from rlhfdsl.planning import graph
 
 HELP = "the stages, and which models and data feed them"
@@ -23,5 +24,5 @@ def run(args: argparse.Namespace) -> int:
     if plan is None:
         return ERROR
     draw = {"text": graph.text, "mermaid": graph.mermaid, "dot": graph.dot}[args.format]
-    sys.stdout.write(draw(plan))
+    sys.stdout.write(visible(draw(plan)))
     return OK

@@ -11,7 +11,7 @@ from rlhfdsl.cli.common import ERROR, fail, say, show, show_user_error
 from rlhfdsl.cli.planned import plan_recipe, target_of
 from rlhfdsl.cli.saving import is_saved, read_plan, read_saved
 from rlhfdsl.language import Diagnostic, Recipe, UserError, load
-from rlhfdsl.planning import checkpoints, compile, saved
+from rlhfdsl.planning import checkpoints, compile, places, saved
 from rlhfdsl.planning.validate import validate_plan
 
 Given = tuple[Recipe | None, dict[str, Any], Path]
@@ -29,7 +29,7 @@ def given(args: argparse.Namespace) -> Given:
         fail("--sha256 is for a saved plan or a bundle")
     elif args.file.suffix == ".json":
         recipe, plan, base = None, read_plan(args.file), args.base or args.file.parent
-        saved.confined(plan, any_output=args.output is not None)
+        places.confined(plan, any_output=args.output is not None)
     else:
         if args.base is not None:
             fail("--base is for a saved plan; the paths of a recipe are relative to its own folder")
@@ -39,10 +39,10 @@ def given(args: argparse.Namespace) -> Given:
         # Whoever runs a recipe may send its output anywhere; what the recipe itself says stays in here.
         chosen = plan["origins"]["recipe.output"]["layer"] in ("set", "param")
         try:
-            saved.confined(plan, any_output=chosen or args.output is not None)
+            places.confined(plan, any_output=chosen or args.output is not None)
         except UserError as error:
             raise SystemExit(show_user_error(error, recipe)) from None
-    return recipe, plan if args.output is None else saved.relocate(plan, str(args.output)), base
+    return recipe, plan if args.output is None else places.relocate(plan, str(args.output)), base
 
 
 def _saved(args: argparse.Namespace) -> Given:
@@ -54,7 +54,7 @@ def _saved(args: argparse.Namespace) -> Given:
     if wanted != held.digest:
         raise UserError("E0751", f"`{name}` has sha256 {held.digest}, and {wanted} is asked for", place=name,
                         help="it is another file than the one that was meant; do not use it")  # fmt: skip
-    saved.confined(held.plan, any_output=args.output is not None)
+    places.confined(held.plan, any_output=args.output is not None)
     if held.kind == saved.PLAN:
         base = args.base or args.file.parent
         with tempfile.TemporaryDirectory() as folder:

@@ -219,53 +219,6 @@ def _check_secrets(entries: Mapping[str, bytes]) -> None:
             raise UserError("E0755", f"`{entry.removeprefix(_FILES)}` holds {what}", place=entry, help=help)
 
 
-def relocate(plan: Json, output: str) -> Json:
-    """The same plan with its outputs under the folder `output`."""
-    confined(plan, any_output=True)
-    old = plan["recipe"]["output"]
-
-    def moved(path: str) -> str:
-        return output + path.removeprefix(old)
-
-    stages = [
-        {
-            **stage, "output": moved(stage["output"]),
-            "artifacts": {name: moved(path) for name, path in stage["artifacts"].items()},
-            "writes": [{**entry, "path": moved(entry["path"])} for entry in stage["writes"]],
-        }
-        for stage in plan["stages"]
-    ]  # fmt: skip
-    return {**plan, "recipe": {**plan["recipe"], "output": output}, "stages": stages}
-
-
-def confined(plan: Json, *, any_output: bool = False) -> None:
-    """Raise UserError when a plan writes outside the working directory, or a stage outside the run's folder.
-
-    any_output: whoever runs it chose the run's folder, so it may lie anywhere.
-    """
-    output = plan["recipe"]["output"]
-    if not any_output and not _inside(output):
-        raise UserError(
-            "E0754", f"the run would write to `{archive.shown(output)}`, outside the working directory",
-            at="recipe.output",
-            help="if that is meant, choose the folder where you run it: --output FOLDER",
-        )  # fmt: skip
-    for stage in plan["stages"]:
-        inner = [(stage["output"], output), *((path, stage["output"]) for path in stage["artifacts"].values())]
-        for path, folder in inner:
-            name = path.removeprefix(folder + "/")
-            if name == path or "/" in name or not _inside(name):
-                raise UserError(
-                    "E0754", f"{stage['address']} would write to `{archive.shown(path)}`, outside its run",
-                    help="the plan was not made by rlhf; do not run it",
-                )  # fmt: skip
-
-
-def _inside(path: str) -> bool:
-    parts = PurePosixPath(path).parts
-    return bool(parts) and not os.path.isabs(path) and ".." not in parts and "\\" not in path and ":" not in path
-
-
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():

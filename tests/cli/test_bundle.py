@@ -158,7 +158,7 @@ def test_a_truncated_file(capsys, bundle, runs, end):
         (lambda plan: plan["stages"][0]["engines"]["policy"]["schedule"].update(lr=9.0), "lr: 9.0 there, 0.002"),
         (lambda plan: plan["recipe"].update(seed=6), "recipe.seed: 6 there, 5 here"),
         (lambda plan: plan["stages"][0]["engines"]["policy"]["deepspeed"].update(
-            tensorboard={"enabled": True, "output_path": "/tmp/x"}), "deepspeed.tensorboard"),
+            tensorboard={"enabled": True, "output_path": "/tmp/x"}), "DeepSpeed would write to `/tmp/x`"),
         (lambda plan: plan["data"]["data.pairs"]["from"].update(path="/etc/passwd"), "/etc/passwd"),
         (lambda plan: plan["data"]["data.pairs"]["from"].update(path="../../../secret.jsonl"), "secret.jsonl"),
         (lambda plan: plan["models"]["model.tiny"]["arch"].update(hidden=64), "arch.hidden: 64 there, 32 here"),

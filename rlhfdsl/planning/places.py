@@ -1,0 +1,74 @@
+"""Where a plan writes: moved to another folder, and held to the working directory when a stranger wrote the recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.terminal import visible as shown
+
+Json = dict[str, Any]
+
+
+def relocate(plan: Json, output: str) -> Json:
+    """The same plan with its outputs under the folder `output`."""
+    confined(plan, any_output=True)
+    old = plan["recipe"]["output"]
+
+    def moved(path: str) -> str:
+        return output + path.removeprefix(old)
+
+    stages = [
+        {
+            **stage, "output": moved(stage["output"]),
+            "artifacts": {name: moved(path) for name, path in stage["artifacts"].items()},
+            "writes": [{**entry, "path": moved(entry["path"])} for entry in stage["writes"]],
+        }
+        for stage in plan["stages"]
+    ]  # fmt: skip
+    return {**plan, "recipe": {**plan["recipe"], "output": output}, "stages": stages}
+
+
+def confined(plan: Json, *, any_output: bool = False) -> None:
+    """Raise UserError when a plan writes outside the working directory, or a stage outside the run's folder.
+
+    any_output: whoever runs it chose the run's folder, so it may lie anywhere.
+    """
+    output = plan["recipe"]["output"]
+    if not any_output and not _inside(output):
+        raise UserError(
+            "E0754", f"the run would write to `{shown(output)}`, outside the working directory",
+            at="recipe.output",
+            help="if that is meant, choose the folder where you run it: --output FOLDER",
+        )  # fmt: skip
+    for stage in plan["stages"]:
+        for path in _logs(stage):
+            if not _inside(path):
+                raise UserError(
+                    "E0754", f"DeepSpeed would write to `{shown(path)}`, outside the working directory",
+                    at=f"{stage['address']}.deepspeed", help="name a path below the working directory",
+                )  # fmt: skip
+        inner = [(stage["output"], output), *((path, stage["output"]) for path in stage["artifacts"].values())]
+        for path, folder in inner:
+            name = path.removeprefix(folder + "/")
+            if name == path or "/" in name or not _inside(name):
+                raise UserError(
+                    "E0754", f"{stage['address']} would write to `{shown(path)}`, outside its run",
+                    help="the plan was not made by rlhf; do not run it",
+                )  # fmt: skip
+
+
+def _logs(stage: Json) -> Iterator[str]:
+    """Where the monitors and the profiler of DeepSpeed that a recipe asks for write."""
+    for engine in stage["engines"].values():
+        for part in engine["deepspeed"].values():
+            if isinstance(part, dict):
+                yield from (part[key] for key in ("output_path", "output_file", "job_name") if part.get(key))
+
+
+def _inside(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not os.path.isabs(path) and ".." not in parts and "\\" not in path and ":" not in path
