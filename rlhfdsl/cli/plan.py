@@ -17,7 +17,10 @@ HELP = "what a run would do: stages, updates, memory, data and files"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a recipe")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="a recipe")
+    parser.add_argument(
+        "--measured", type=Path, metavar="RUN", help="what a run's plan predicted beside what it measured (runs/NAME)"
+    )
     add_plan_options(parser, several.counts, "N[,N…]")
     add_lock_options(parser)
     parser.add_argument(
@@ -37,6 +40,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.measured is not None:
+        return _measured(args.measured)
+    if args.file is None:
+        fail("name a recipe to plan")
     go_offline(args)
     if args.gpus is not None and len(args.gpus) > 1:
         if args.output is not None or args.largest is not None:
@@ -65,6 +72,16 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write(visible("\n" + layout(planned.plan)))
         if args.output is not None:
             print(f"Saved; run exactly this with: rlhf run {args.output}{_base(args)}")
+    return OK
+
+
+def _measured(folder: Path) -> int:
+    """Predicted beside measured, for the stages of a run."""
+    from rlhfdsl.running import records
+
+    if not records.is_run(folder):
+        fail(f"{folder} is no run: it has no plan.json")
+    sys.stdout.write(records.truth(records.read(folder)))
     return OK
 
 

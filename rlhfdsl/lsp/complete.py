@@ -153,7 +153,7 @@ def _overridden(context: Context, compilation: Compilation) -> str | None:
 
 def _free(context: Context, compilation: Compilation) -> list[str]:
     """Names that make sense in a block whose names are the writer's."""
-    name = context.blocks[-1][0]
+    name = context.blocks[-1][0] if context.blocks[-1] else ""  # a `{` too many opens a block without a name
     blocks: Mapping[str, Block] = compilation.blocks or {}
     if name == "mix":
         return [address.removeprefix("data.") for address in blocks if address.startswith("data.")]

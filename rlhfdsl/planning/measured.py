@@ -74,11 +74,30 @@ def rows(stage: Json, measured: Measured) -> list[Row]:
     return out
 
 
+def unit(stage: Json) -> str:
+    """What the seconds of a stage are of."""
+    return "rollout" if "rollouts" in stage["batch"] else "update"
+
+
+def record(stage: Json, events: Iterable[Json]) -> dict[str, Any]:
+    """Peak bytes of a device and seconds of an update or rollout by phase, predicted and measured."""
+    found, time = of_events(events), stage["time"]
+    return {
+        "predicted": {"peak_memory": stage["memory"]["peak"], "seconds_each": time["each"] if time else None},
+        "measured": {"peak_memory": found.peak, "seconds_each": dict(found.seconds) or None},
+    }
+
+
 def cells(row: Row) -> list[str]:
     """Predicted, measured and how far off, as a table shows them."""
-    digits = 1 if row.unit == "GiB" else 3
     off = "-" if row.off is None else f"{'+' if row.off >= 0 else '-'}{abs(row.off):.0%}"
-    return ["-" if value is None else f"{value:.{digits}f}" for value in (row.predicted, row.measured)] + [off]
+    return [*(_cell(value, row.unit) for value in (row.predicted, row.measured)), off]
+
+
+def _cell(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if unit == "GiB" and value >= 10 else f"{value:.2f}" if unit == "GiB" else f"{value:.3f}"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -19,11 +19,11 @@ from typing import Any
 
 from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
-from rlhfdsl.planning import keys
+from rlhfdsl.planning import keys, measured
 from rlhfdsl.planning.lock import packages
 from rlhfdsl.running import launcher, schedule
 from rlhfdsl.running.inputs import verify_inputs
-from rlhfdsl.running.metrics import MetricsFollower
+from rlhfdsl.running.metrics import MetricsFollower, read_metrics
 
 POLL_SECONDS = 0.2
 
@@ -167,6 +167,7 @@ class Running:
     def _publish(self, seconds: float) -> dict[str, Any]:
         """Give a complete stage its result and its name. Its checkpoints have served."""
         result = {**self.stamp, "evaluation": self.evaluation, "seconds": round(seconds, 1), **_record(self.plan)}
+        result |= measured.record(self.stage, read_metrics(self.follower.path))
         path = self.partial / schedule.RESULT
         with path.open("w", encoding="utf-8") as file:
             file.write(json.dumps(result, indent=1) + "\n")

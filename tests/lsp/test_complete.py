@@ -14,6 +14,11 @@ def labels(tmp_path, text: str) -> set[str]:
     return {item.label for item in complete(text, len(text), load(path))[1]}
 
 
+def test_a_brace_too_many(tmp_path):
+    text = 'recipe "x" { }\noverride blend.all {\n  mix {{ '
+    assert isinstance(labels(tmp_path, text), set)
+
+
 def test_keys_and_blocks_of_deepspeed(tmp_path):
     assert {"steps_per_print", "zero_optimization", "aio"} <= labels(tmp_path, HEAD)
     inside = labels(tmp_path, HEAD + "zero_optimization { ")

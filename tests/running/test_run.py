@@ -47,6 +47,8 @@ def test_everything_is_where_the_plan_says(finished):
             names = {p.name for p in (folder / path).iterdir()}
             assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
     assert not list(folder.rglob("*.partial"))
+    took = json.loads((run / "ppo" / "result.json").read_text())["measured"]["seconds_each"]
+    assert set(took) == {"generate", "score", "train"} and all(seconds > 0 for seconds in took.values())
     events = read_metrics(run / "ppo" / "metrics.jsonl")
     assert [e["event"] for e in events if e["event"] != "sample"] == [
         "start", "eval", "invariants", "update", "update", "eval", "update", "eval", "eval", "end",

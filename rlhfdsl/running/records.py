@@ -1,0 +1,190 @@
+"""What runs left behind, and two of them side by side: versions, metrics, evaluation, the first update that differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.planning import figures, measured
+from rlhfdsl.running.metrics import read_metrics
+from rlhfdsl.running.schedule import partial_of, read_result
+
+Json = dict[str, Any]
+# What another run of the same numbers measures anew.
+_TIMED = ("time", "seconds", "tokens_per_second", "generated_per_second", "peak_memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One stage of a run: its result.json (None while it is not complete), and its metrics."""
+
+    result: Json | None
+    events: list[Json]
+
+    @property
+    def updates(self) -> list[Json]:
+        return [event for event in self.events if event["event"] == "update"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A folder that `rlhf run` wrote: the plan, and the stages that are complete or begun."""
+
+    folder: Path
+    plan: Json
+    stages: Mapping[str, Record]
+
+    @property
+    def versions(self) -> Json:
+        """Versions of packages and of Python, and the devices, of the last stage that is complete."""
+        done = [record.result for record in self.stages.values() if record.result is not None]
+        if not done:
+            return {}
+        target = {f"target.{name}": done[-1]["target"][name] for name in ("device", "gpu", "world")}
+        return {**done[-1]["versions"], "python": done[-1]["python"], **target}
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run's folder."""
+    return (path / "plan.json").is_file()
+
+
+def plan_of(folder: Path) -> Json:
+    """The plan of a run, also of another version of this program. Raises UserError when it cannot be read."""
+    path = folder / "plan.json"
+    try:
+        plan: Json = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("E0720", f"the plan of the run is damaged: {error}", place=str(path)) from error
+    if not isinstance(plan, dict) or "stages" not in plan:
+        raise UserError("E0720", "the plan of the run holds no stages", place=str(path))
+    return plan
+
+
+def read(folder: Path) -> Run:
+    """The record of a run; a stage that has not begun is not in it. Raises UserError for a plan that is damaged."""
+    plan, stages = plan_of(folder), {}
+    for stage in plan["stages"]:
+        # Paths in the plan are relative to where the run was started; the folder may have been moved since.
+        home = folder / Path(stage["output"]).name
+        home = home if home.is_dir() else partial_of(home)
+        if home.is_dir():
+            stages[stage["address"]] = Record(read_result(home), read_metrics(home / "metrics.jsonl"))
+    return Run(folder, plan, stages)
+
+
+def truth(run: Run) -> str:
+    """Predicted beside measured, for each stage of a run, as a table."""
+    rows = [["stage", "", "predicted", "measured", "off by"]]
+    for stage in run.plan["stages"]:
+        record = run.stages.get(stage["address"])
+        if record is None:
+            continue
+        for row in measured.rows(stage, measured.of_events(record.events)):
+            what = "GiB at most" if row.unit == "GiB" else "s for each " + measured.unit(stage)
+            rows.append([stage["address"], f"{row.phase or 'in all'}, {what}", *measured.cells(row)])
+    return "\n".join(figures.table(rows)) + "\n"
+
+
+# ---- two runs
+
+
+@dataclass(slots=True)
+class Stages:
+    """A stage in two runs. first: the update in which they part, with the metrics that differ, as (a, b); None when
+    they never do in the updates that both have. final: evaluation, as (a, b)."""
+
+    address: str
+    updates: tuple[int, int]
+    first: int | None = None
+    differs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    final: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+def versions(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
+    """What differs in packages, Python and devices."""
+    return _pairs(a.versions, b.versions)
+
+
+def compare(a: Run, b: Run) -> list[Stages]:
+    """The stages that both runs have, in the order of the second."""
+    out = []
+    for address, theirs in b.stages.items():
+        ours = a.stages.get(address)
+        if ours is None:
+            continue
+        found = Stages(address, (len(ours.updates), len(theirs.updates)))
+        for left, right in zip(ours.updates, theirs.updates, strict=False):
+            differs = _pairs(_numbers(left), _numbers(right))
+            if differs:
+                found.first, found.differs = right["update"], differs
+                break
+        evaluations = [(record.result or {}).get("evaluation", {}) for record in (ours, theirs)]
+        found.final = {
+            name: (evaluations[0].get(name), evaluations[1].get(name))
+            for name in dict.fromkeys((*evaluations[1], *evaluations[0]))
+        }
+        out.append(found)
+    return out
+
+
+def render(a: Run, b: Run) -> str:
+    """Versions, and each stage: where the runs part, and what they came to."""
+    lines = []
+    different = versions(a, b)
+    if different:
+        lines += ["versions", *_rows(different)]
+    for stage in compare(a, b):
+        count = min(stage.updates)
+        lines += ["", stage.address] if lines else [stage.address]
+        if stage.first is not None:
+            names = list(stage.differs)
+            more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  part at update {stage.first}: {', '.join(names[:3])}{more}")
+            lines += _rows({name: stage.differs[name] for name in names[:3]}, "    ")
+        else:
+            lines.append(f"  the same numbers in {figures.count(count, 'update')}")
+        if stage.updates[0] != stage.updates[1]:
+            lines.append(f"  updates: {stage.updates[0]} in A, {stage.updates[1]} in B")
+        lines += _rows({name: pair for name, pair in stage.final.items() if pair[0] != pair[1]})
+    return "\n".join(lines) + "\n" if lines else "Neither run has a stage that the other one has.\n"
+
+
+def as_json(a: Run, b: Run) -> Json:
+    """The comparison as data."""
+    return {
+        "versions": versions(a, b),
+        "stages": [
+            {
+                "address": stage.address, "updates": stage.updates, "part_at": stage.first, "differs": stage.differs,
+                "evaluation": stage.final,
+            }
+            for stage in compare(a, b)
+        ],
+    }  # fmt: skip
+
+
+def _numbers(event: Json) -> Json:
+    return {name: value for name, value in event.items() if not name.startswith(_TIMED)}
+
+
+def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    names = dict.fromkeys((*b, *a))
+    return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
+
+
+def _rows(pairs: Mapping[str, tuple[Any, Any]], indent: str = "  ") -> list[str]:
+    if not pairs:
+        return []
+    cells = [["", "A", "B"], *([name, _cell(left), _cell(right)] for name, (left, right) in pairs.items())]
+    return [(indent + line).rstrip() for line in figures.table(cells)]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
