@@ -41,6 +41,6 @@ def run(args: argparse.Namespace) -> int:
         return ERROR
     if planned.missing:
         return ERROR
-    entries = {entry["key"] for _, entry in (*lock.edges(planned.plan), *planned.plan["models"].items())}
+    entries = {entry["key"] for _, _, entry in lock.entries(planned.plan)}
     print(f"{lock.NAME} holds all {len(entries)} inputs of {args.file}")
     return OK

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhfdsl.cli.common import ERROR, add_recipe_options, compile_recipe, fail, say, show
 from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
-from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock
+from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock, scorers
 
 Json = dict[str, Any]
 
@@ -145,8 +145,7 @@ def make_plan(
     out.plan, out.diagnostics = plan, (*compilation.diagnostics, *found)
     if plan is None:
         return out
-    edges, models = lock.missing(plan)
-    out.missing = [address for address, _ in (*models, *edges)]
+    out.missing = [address for _, address, _ in lock.missing(plan)]
     if frozen or strict:
         for difference in lock.made_here(locked):
             say(f"{lock.NAME} was made by other versions: {difference}")
@@ -195,17 +194,16 @@ def _make(plan: Json, locked: Json, path: Path) -> list[str]:
     from rlhfdsl.models.tokenizers import model_facts
 
     base = path.parent
-    edges, models = lock.missing(plan)
     made = []
     try:
-        for address, entry in models:
+        for part, address, entry in lock.missing(plan):
             _tell(address)
-            # The edges below read the tokenizer of the commit that is pinned here.
-            entry["facts"] = locked["models"][entry["key"]] = model_facts(entry, base, address)
-            made.append(address)
-        for address, edge in edges:
-            _tell(address)
-            locked["edges"][edge["key"]] = edge_facts(plan, edge, base)
+            if part == "models":
+                # The edges, which come after the models, read the tokenizer of the commit that is pinned here.
+                found = entry["facts"] = model_facts(entry, base, address)
+            else:
+                found = edge_facts(plan, entry, base) if part == "edges" else scorers.facts(entry, base, address)
+            locked.setdefault(part, {})[entry["key"]] = found
             made.append(address)
     finally:
         if made:

@@ -16,7 +16,7 @@ from rlhfdsl.language.syntax import Document, Include, address_of
 FILE_LIMIT = 64
 DEPTH_LIMIT = 16
 # What an import offers; its recipe, cluster, stages and profiles are its own.
-_OFFERED = ("model", "data", "blend", "parallel")
+_OFFERED = ("model", "data", "blend", "parallel", "scorer")
 _PROJECT = (".git", ".hg", "pyproject.toml")
 
 Overlay = Callable[[Path], str | None]

@@ -23,6 +23,14 @@ def references(block: Block) -> Iterator[tuple[Block, str, Setting, Reference]]:
         yield from references(inner)
 
 
+def named(block: Block) -> Iterator[str]:
+    """The addresses of the blocks that the inner blocks of free names (`mix`, `add`) name."""
+    for inner in block.blocks.values():
+        if inner.kind in schema.naming():
+            yield from (f"{schema.naming()[inner.kind]}.{name}" for name in inner.settings)
+        yield from named(inner)
+
+
 def link(
     blocks: Mapping[str, Block], named: bool, complete: bool, problems: list[Diagnostic]
 ) -> dict[str, Block]:
@@ -45,13 +53,18 @@ def order(blocks: Mapping[str, Block], problems: list[Diagnostic]) -> tuple[Bloc
             return True
         if address in open_:
             circle = [*open_[open_.index(address) :], address]
-            edge = next(s for _, _, s, ref in references(stages[circle[-2]]) if ref.address == address)
+            closing = [s.span for _, _, s, ref in references(stages[circle[-2]]) if ref.address == address]
+            span = closing[0] if closing else stages[circle[-2]].span  # it may lead through a scorer
             message = f"stages need each other: {' -> '.join(circle)}"
-            problems.append(Diagnostic("E0203", "error", message, edge.span, "this closes the circle"))
+            problems.append(Diagnostic("E0203", "error", message, span, "this closes the circle"))
             return False
         open_.append(address)
-        for _, _, _, reference in references(stages[address]):
-            if reference.address in stages and not visit(reference.address):
+        scorers = {name: blocks[name] for name in named(stages[address]) if name in blocks}
+        edges = [reference.address for _, _, _, reference in references(stages[address])]
+        scorers |= {name: blocks[name] for name in edges if name in blocks and blocks[name].kind == "scorer"}
+        edges += [reference.address for scorer in scorers.values() for _, _, _, reference in references(scorer)]
+        for edge in edges:
+            if edge in stages and not visit(edge):
                 return False
         open_.pop()
         done[address] = stages[address]
@@ -69,13 +82,7 @@ def unreached(blocks: Mapping[str, Block], root: str) -> list[Diagnostic]:
     todo = [block for block in blocks.values() if block.kind == "stage"]
     while todo:
         block = todo.pop()
-        names = {reference.address for _, _, _, reference in references(block)}
-        names |= {
-            f"data.{source}"
-            for key, mix in block.blocks.items()
-            if mix.kind == "mix"
-            for source in mix.settings
-        }
+        names = {reference.address for _, _, _, reference in references(block)} | set(named(block))
         for address in sorted(names - reached):
             reached.add(address)
             if address in blocks:

@@ -85,7 +85,7 @@ class _Renaming:
                 replace(
                     override,
                     path=self.path(override.path),
-                    members=self.members(override.members, override.path.words[-1].text == "mix"),
+                    members=self.members(override.members, override.path.words[-1].text in schema.naming()),
                 )
                 for override in document.overrides
             ),
@@ -93,18 +93,18 @@ class _Renaming:
 
     def block(self, block: BlockSyntax) -> BlockSyntax:
         copied = self.path(block.copied) if block.copied is not None else None
-        members = self.members(block.members, block.kind.text == "mix")
+        members = self.members(block.members, block.kind.text in schema.naming())
         return replace(block, members=members, copied=copied)
 
-    def members(self, members: tuple[Member, ...], sources: bool) -> tuple[Member, ...]:
-        """The members; with `sources`, those of a `mix`, whose names are those of data blocks."""
+    def members(self, members: tuple[Member, ...], naming: bool) -> tuple[Member, ...]:
+        """The members; with `naming`, those of a `mix` or an `add`, whose names are those of other blocks."""
         renamed: list[Member] = []
         for member in members:
             if isinstance(member, BlockSyntax):
                 renamed.append(self.block(member))
                 continue
             path = member.path
-            if sources:
+            if naming:
                 path = replace(path, words=self.names(path.words))
             renamed.append(replace(member, path=path, value=self.expression(member.value)))
         return tuple(renamed)

@@ -77,6 +77,32 @@ def mixes(blocks: Blocks) -> Found:
                 yield _error("E0604", f"`{blend.address}` has no part `{mix.name}`", mix.span, help)
 
 
+def scorers(blocks: Blocks) -> Found:
+    """What is added to a reward are scorers, and a scorer's file is a path; what only a model has needs one."""
+    known = [address.removeprefix("scorer.") for address, block in blocks.items() if block.kind == "scorer"]
+    for scorer in (block for block in blocks.values() if block.kind == "scorer"):
+        source = scorer["file"]
+        if isinstance(source, Source) and source.kind == "hub":
+            message = f"`{source.text}` is no path: a scorer is a file beside the recipe"
+            yield _error("E0317", message, scorer.setting("file").span, f'write "./{source.text}"')
+    for stage in (block for block in blocks.values() if "reward" in block.blocks):
+        reward = stage.blocks["reward"]
+        added = reward.blocks.get("add")
+        for name, setting in added.settings.items() if added is not None else ():
+            if name not in known:
+                near = nearest(name, known)
+                help = f"did you mean {listed(near)}?" if near else f"scorers: {', '.join(known) or 'none'}"
+                message = f"`{reward.address}.add` names `{name}`, and there is no `scorer {name}`"
+                yield _error("E0608", message, setting.name, help)
+        parts = [reward["call"].address] if isinstance(reward["call"], Reference) else []
+        parts += [f"scorer.{name}" for name in (added.settings if added is not None else ())]
+        models = reward["model"] is not None or any(blocks[at].written("model") for at in parts if at in blocks)
+        for name in ("normalize", "parallel"):
+            if not models and reward.written(name):
+                message = f"`{name}` has no effect where no reward model scores"
+                yield _error("E0311", message, reward.setting(name).name, "delete it")
+
+
 def formats(blocks: Blocks) -> Found:
     """A stage can read every source of the rows that it is given."""
     for stage in (block for block in blocks.values() if block.kind == "stage"):
@@ -180,7 +206,7 @@ def loras(blocks: Blocks) -> Found:
 
 RULES: tuple[Callable[[Blocks], Found], ...] = (formats, evals, models, revisions, columns, loras)
 # Those that something unread would mislead.
-WHOLE: tuple[Callable[[Blocks], Found], ...] = (sums, mixes)
+WHOLE: tuple[Callable[[Blocks], Found], ...] = (sums, mixes, scorers)
 
 
 def _sources(blocks: Blocks, reference: Reference) -> list[Block]:

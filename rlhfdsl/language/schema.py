@@ -131,6 +131,12 @@ def definition(type_: str) -> Definition:
     return Definition(type_, data["title"], data.get("x-label"), attributes, blocks, free, data)
 
 
+@cache
+def naming() -> Mapping[str, str]:
+    """Inner blocks whose names are those of other blocks, by the kind of those: `mix` names data."""
+    return {data["title"]: data["x-names"] for data in table()["$defs"].values() if "x-names" in data}
+
+
 def find(path: str) -> str | None:
     """The type that a path of blocks leads to: `stage.grpo.reward` is the type `stage.ppo.reward`; None for none."""
     if path in types():

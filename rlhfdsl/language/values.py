@@ -38,6 +38,7 @@ _USES = {
     "reward": "a reward model",
     "rows": "a blend, a part of one, or a data block",
     "parallel": "a `parallel` block",
+    "scorer": "a `scorer` block",
 }
 
 

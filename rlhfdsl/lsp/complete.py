@@ -155,8 +155,9 @@ def _free(context: Context, compilation: Compilation) -> list[str]:
     """Names that make sense in a block whose names are the writer's."""
     name = context.blocks[-1][0] if context.blocks[-1] else ""  # a `{` too many opens a block without a name
     blocks: Mapping[str, Block] = compilation.blocks or {}
-    if name == "mix":
-        return [address.removeprefix("data.") for address in blocks if address.startswith("data.")]
+    if name in schema.naming():
+        kind = f"{schema.naming()[name]}."
+        return [address.removeprefix(kind) for address in blocks if address.startswith(kind)]
     if name == "split":
         return [*schema.stage_kinds(), "eval"]
     outer = ".".join(context.blocks[0][:2])

@@ -143,7 +143,7 @@ def _names(document: Document) -> Iterator[Name]:
             yield Name(address_of(block), labels[-1].span, given=True, bare=bare)
         if block.copied is not None:
             yield from _path(block.copied)
-        yield from _members(block.members, block.kind.text == "mix")
+        yield from _members(block.members, block.kind.text)
     for param in document.params:
         yield Name(f"param.{param.name.text}", param.name.span, given=True)
         for path in paths_of(param.default) if param.default is not None else ():
@@ -163,16 +163,16 @@ def _names(document: Document) -> Iterator[Name]:
             for member in override.members:
                 if isinstance(member, Attribute):
                     yield _name("param", member.path.words[0])
-        yield from _members(override.members, override.path.words[-1].text == "mix")
+        yield from _members(override.members, override.path.words[-1].text)
 
 
-def _members(members: tuple[Member, ...], sources: bool) -> Iterator[Name]:
+def _members(members: tuple[Member, ...], inside: str) -> Iterator[Name]:
     for member in members:
         if isinstance(member, BlockSyntax):
-            yield from _members(member.members, member.kind.text == "mix")
+            yield from _members(member.members, member.kind.text)
             continue
-        if sources and len(member.path.words) == 1:
-            yield _name("data", member.path.words[0])
+        if inside in schema.naming() and len(member.path.words) == 1:
+            yield _name(schema.naming()[inside], member.path.words[0])
         for path in paths_of(member.value):
             yield from _path(path)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import entries, onpolicy, stages, timing
+from rlhfdsl.language.schema import naming
+from rlhfdsl.planning import entries, onpolicy, scorers, stages, timing
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.placing import Scope, base_of
 from rlhfdsl.planning.problems import Problems
@@ -119,8 +120,8 @@ def _reached(recipe: Recipe, target: Target) -> set[str]:
         found.add(block.address)
         for inner in _walk(block):
             named = [s.value.address for s in inner.settings.values() if isinstance(s.value, Reference)]
-            if inner.type.startswith("blend.mix"):
-                named += [f"data.{name}" for name in inner.settings]
+            if inner.kind in naming():
+                named += [f"{naming()[inner.kind]}.{name}" for name in inner.settings]
             waiting += [recipe.blocks[address] for address in named]
     return found
 
@@ -129,17 +130,18 @@ def _longest(recipe: Recipe) -> dict[str, int]:
     """The longest sequence that a stage gives to each model block."""
     out: dict[str, int] = {}
     for block in recipe.stages:
-        users = [block]
+        users, judges = [block], []
         if "actor" in block.blocks:
             rollout = block.blocks["rollout"]
             length = rollout["prompt"] + rollout["answer"]
-            users = [block.blocks[n] for n in ("actor", "critic", "ref", "reward") if n in block.blocks]
+            users = [block.blocks[n] for n in ("actor", "critic", "ref") if n in block.blocks]
+            judges = [source.model for source in scorers.of(recipe, block, {})]
         else:
             length = block["length"]
             users += [block.blocks["ref"]] if "ref" in block.blocks else []
-        for user in users:
-            if user["model"] is not None:
-                base = base_of(recipe, user["model"])
+        for reference in (*(user["model"] for user in users), *judges):
+            if reference is not None:
+                base = base_of(recipe, reference)
                 out[base] = max(out.get(base, 0), length)
     return out
 

@@ -1,6 +1,7 @@
 """`rlhf.lock`: the facts of data edges and models, kept beside the recipe so that planning needs no network.
 
-    {"version": 1, "edges": {key: facts}, "models": {key: facts}, "code": {"semantics", "packages"}}
+    {"version": 1, "edges": {key: facts}, "models": {key: facts}, "scorers": {key: facts},
+     "code": {"semantics", "packages"}}
 
 A key is the hash of what decides the facts (sources, tokenizer, template, lengths), so a changed recipe asks
 for new facts and never meets old ones. Nothing of the hardware is in the lock.
@@ -56,7 +57,7 @@ def read(path: Path) -> dict[str, Any]:
     if not all(isinstance(value.get(part), dict) for part in ("edges", "models")):
         raise _unusable(path, "lacks `edges` or `models`")
     if (value.get("code") or {}).get("semantics", SEMANTICS) != SEMANTICS:
-        value["edges"], value["models"] = {}, {}  # they say what another program meant
+        value["edges"], value["models"], value["scorers"] = {}, {}, {}  # they say what another program meant
     return value
 
 
@@ -135,20 +136,18 @@ def drop_stale(lock: dict[str, Any], plan: dict[str, Any], base: Path) -> list[C
     """Take the facts out of `lock` that a plan asks for and whose files have changed; returns those files."""
     changed: dict[str, Change] = {}
     seen: dict[Path, Facts] = {}
-    for part, entries in (("edges", edges(plan)), ("models", iter(plan["models"].items()))):
-        for _, entry in entries:
-            old = changes(lock[part].get(entry["key"], {}), base, seen)
-            if old:
-                del lock[part][entry["key"]]
-                changed |= {change.name: change for change in old}
+    for part, _, entry in entries(plan):
+        old = changes(lock.get(part, {}).get(entry["key"], {}), base, seen)
+        if old:
+            del lock[part][entry["key"]]
+            changed |= {change.name: change for change in old}
     return list(changed.values())
 
 
 def forget(lock: dict[str, Any], plan: dict[str, Any]) -> None:
     """Take all the facts that a plan asks for out of `lock`."""
-    for part, entries in (("edges", edges(plan)), ("models", iter(plan["models"].items()))):
-        for _, entry in entries:
-            lock[part].pop(entry["key"], None)
+    for part, _, entry in entries(plan):
+        lock.get(part, {}).pop(entry["key"], None)
 
 
 def refusal(stale: list[Change], missing: list[str]) -> UserError | None:
@@ -222,14 +221,25 @@ def edges(plan: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{stage['address']}.{name}", edge
 
 
-def missing(plan: dict[str, Any]) -> tuple[list[tuple[str, Facts]], list[tuple[str, Facts]]]:
-    """The edges and the models of a plan that have no facts yet, each with its address; equal keys come
-    once."""
-    found: tuple[list[tuple[str, Facts]], list[tuple[str, Facts]]] = ([], [])
-    for into, entries in ((found[0], edges(plan)), (found[1], iter(plan["models"].items()))):
-        seen: set[str] = set()
-        for address, entry in entries:
-            if entry["facts"] is None and entry["key"] not in seen:
-                seen.add(entry["key"])
-                into.append((address, entry))
-    return found
+def scorers(plan: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every function that scores answers in a plan, with the address of its block."""
+    for stage in plan["stages"]:
+        for source in (stage["settings"].get("reward") or {"sources": ()})["sources"]:
+            if source["kind"] == "function":
+                yield f"scorer.{source['name']}", source
+
+
+def entries(plan: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(part of the lock, address, entry of the plan) of everything whose facts a lock holds: models first."""
+    yield from (("models", address, entry) for address, entry in plan["models"].items())
+    yield from (("edges", address, entry) for address, entry in edges(plan))
+    yield from (("scorers", address, entry) for address, entry in scorers(plan))
+
+
+def missing(plan: dict[str, Any]) -> list[tuple[str, str, Facts]]:
+    """Those of `entries` that have no facts yet; equal keys come once."""
+    found: dict[tuple[str, str], tuple[str, str, Facts]] = {}
+    for part, address, entry in entries(plan):
+        if entry["facts"] is None:
+            found.setdefault((part, entry["key"]), (part, address, entry))
+    return list(found.values())

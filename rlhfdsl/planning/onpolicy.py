@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlhfdsl.language.recipe import Block
-from rlhfdsl.planning import checks, course, timing
+from rlhfdsl.planning import checks, course, scorers, timing
 from rlhfdsl.planning.batches import largest_divisor, run_length
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.layout import Rollout
@@ -20,6 +20,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     """A `ppo`, `grpo` or `rloo` stage; None when its batches do not split over the devices."""
     at, world, kind = block.address, scope.target.world, block.type.removeprefix("stage.")
     actor, reward, critic = block.blocks["actor"], block.blocks["reward"], block.blocks.get("critic")
+    sources = scorers.of(scope.recipe, block, scope.lock)
     rollout, update, ptx = block.blocks["rollout"], block.blocks["update"], block.blocks.get("ptx")
     ref = block.blocks.get("ref")
     reference = ref["model"] if ref is not None and ref["model"] is not None else actor["model"]
@@ -39,7 +40,11 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     parts = [
         Part("actor", "policy", f"{at}.actor", actor, actor["model"], "none", True, 0, 1, length),
         Part("ref", "ref", f"{at}.ref", ref, reference, "none", False, 0, 1, length, shares),
-        Part("reward", "reward", f"{at}.reward", reward, reward["model"], "scalar", False, 0, 1, length),
+    ]
+    parts += [
+        Part(source.entry["engine"], "reward", source.at, reward, source.model, "scalar", False, 0, 1, length)
+        for source in sources
+        if source.model is not None
     ]
     if critic is not None:
         parts.insert(1, Part("critic", "critic", f"{at}.critic", critic, critic["model"], "scalar", True, 0, 1, length))
@@ -125,12 +130,12 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
             )
             for part in parts
         },
-        "batch": batches, "settings": _settings(block, rollouts, epochs),
+        "batch": batches, "settings": _settings(block, sources, rollouts, epochs),
         "memory": memory_of(scope, placed), "time": time_of(scope, placed, work, rollouts), "writes": writes,
     }  # fmt: skip
 
 
-def _settings(block: Block, rollouts: int | None, epochs: int | None) -> Json:
+def _settings(block: Block, sources: list[scorers.Source], rollouts: int | None, epochs: int | None) -> Json:
     rollout, update, kl, every = (block.blocks[name] for name in ("rollout", "update", "kl", "every"))
     reward, ptx, critic = block.blocks["reward"], block.blocks.get("ptx"), block.blocks.get("critic")
     estimator = kl["estimator"]
@@ -145,7 +150,10 @@ def _settings(block: Block, rollouts: int | None, epochs: int | None) -> Json:
             "coef": kl["coef"], "apply": kl["apply"], "estimator": estimator, "target": kl["target"],
             "horizon": kl["horizon"] if kl["target"] is not None else None,
         },
-        "reward": {name: reward[name] for name in ("clip", "normalize", "missing_eos")},
+        "reward": {
+            **{name: reward[name] for name in ("clip", "normalize", "missing_eos")},
+            "sources": [source.entry for source in sources],
+        },
         "ptx": None if ptx is None else {"weight": ptx["weight"], "batch": ptx["batch"]},
         "critic": None if critic is None else {"warmup_rollouts": critic["warmup_rollouts"]},
         "log": every["log"], "eval_every": every["eval"], "samples_every": every["samples"], **checkpoints(block),

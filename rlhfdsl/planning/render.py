@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhfdsl.planning import figures
 from rlhfdsl.planning.figures import LATER
+from rlhfdsl.planning.lock import entries
 
 Json = dict[str, Any]
 WIDTH = 110
@@ -41,8 +42,7 @@ def layout(plan: Json) -> str:
 
 def _header(plan: Json) -> list[str]:
     recipe, target = plan["recipe"], plan["target"]
-    keys = {e["key"]: e["facts"] for s in plan["stages"] for e in s["edges"].values() if e is not None}
-    keys |= {m["key"]: m["facts"] for m in plan["models"].values()}
+    keys = {entry["key"]: entry["facts"] for _, _, entry in entries(plan)}
     known = sum(facts is not None for facts in keys.values())
     lock = f"{known} of {len(keys)} inputs known"
     if known == len(keys):
@@ -92,11 +92,31 @@ def _closing(plan: Json) -> list[str]:
 
 
 def _stage(plan: Json, stage: Json) -> list[str]:
-    lines = [stage["address"], *_engines(stage), *_memory(plan, stage), *_time(stage), *_batch(stage)]
+    lines = [stage["address"], *_engines(stage), *_memory(plan, stage), *_time(stage), *_batch(stage), *_score(stage)]
     for name, edge in stage["edges"].items():
         if edge is not None:
             lines += _edge(name, edge)
     lines += _writes(stage)
+    return lines
+
+
+def _score(stage: Json) -> list[str]:
+    """The terms of the score, where it is not a reward model's alone. What is called is named with its hash."""
+    sources = stage["settings"].get("reward", {"sources": []})["sources"]
+    if all(source["kind"] == "model" and source["weight"] == 1 for source in sources):
+        return []
+    lines: list[str] = []
+    for source in sources:
+        match source["kind"]:
+            case "model":
+                what = f"engine {source['engine']}"
+            case "endpoint":
+                what = f"POST {source['url']}, at most {source['timeout']:g} s"
+            case _:
+                pins = source["facts"]["files"].values() if source["facts"] is not None else ()
+                hashes = "".join(f" ({pin['sha256'][:19]})" for pin in pins) or f" {LATER}"
+                what = f"{source['function']} of {source['file']}{hashes}"
+        lines.append(f"  {'' if lines else 'score':<9} {source['weight']:+g} x {source['name']}: {what}")
     return lines
 
 

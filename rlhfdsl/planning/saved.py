@@ -65,19 +65,18 @@ def make(
     bytes, wherever they lie. Raises UserError for facts that are missing, inputs that are too large, have changed or
     are named by an absolute path, and for anything that looks like a secret.
     """
-    edges, models = lock.missing(plan)
-    if edges or models:
-        raise UserError("E0724", f"the plan lacks facts of {', '.join(a for a, _ in (*models, *edges))}",
+    missing = lock.missing(plan)
+    if missing:
+        raise UserError("E0724", f"the plan lacks facts of {', '.join(address for _, address, _ in missing)}",
                         help="save a plan without --no-lock")  # fmt: skip
     folder = os.path.abspath(recipe.path.parent)
     found = {os.path.abspath(name): text.encode() for name, text in texts(recipe.sources).items()}
     found |= _inputs(plan, folder, limit) if kind == BUNDLE else {}
     root = os.path.commonpath([folder, *map(os.path.dirname, found)])
     files = {Path(path).relative_to(root).as_posix(): data for path, data in found.items()}
-    keys = {part: {entry["key"] for _, entry in entries} for part, entries in (
-        ("edges", lock.edges(plan)), ("models", plan["models"].items())
-    )}  # fmt: skip
-    subset = {**locked, **{part: {k: v for k, v in locked[part].items() if k in keys[part]} for part in keys}}
+    keys = {(part, entry["key"]) for part, _, entry in lock.entries(plan)}
+    parts = [part for part in ("edges", "models", "scorers") if part in locked]
+    subset = {**locked, **{part: {k: v for k, v in locked[part].items() if (part, k) in keys} for part in parts}}
     about = {
         "recipe": Path(os.path.abspath(recipe.path)).relative_to(root).as_posix(),
         "options": dict(options),
@@ -183,8 +182,8 @@ def _other(saved: Saved, name: str, differences: list[str]) -> UserError:
 def _inputs(plan: Json, folder: str, limit: int) -> dict[str, bytes]:
     """Every local file that the facts of the plan pin, by its absolute path."""
     pins: dict[str, Any] = {}
-    for facts in [edge["facts"] for _, edge in lock.edges(plan)] + [m["facts"] for m in plan["models"].values()]:
-        pins |= facts["files"]
+    for _, _, entry in lock.entries(plan):
+        pins |= entry["facts"]["files"]
     total = sum(pin["bytes"] for pin in pins.values())
     if total > limit:
         name, pin = max(pins.items(), key=lambda item: int(item[1]["bytes"]))

@@ -30,13 +30,16 @@ def verify_inputs(plan: Json, stage: Json, base: Path) -> None:
 
 
 def _facts(plan: Json, stage: Json) -> Iterator[tuple[str, Json]]:
-    """The facts of a stage's edges and models, with the address of what each is about."""
+    """The facts of a stage's edges, scorers and models, with the address of what each is about."""
     models: dict[str, None] = {}
     for edge in stage["edges"].values():
         if edge is not None:
             models[edge["model"]] = None
             if edge["facts"] is not None:
                 yield edge["source"], edge["facts"]
+    for address, source in lock.scorers({"stages": [stage]}):
+        if source["facts"] is not None:
+            yield address, source["facts"]
     models |= dict.fromkeys(engine["base"] for engine in stage["engines"].values())
     for address in models:
         facts = plan["models"][address]["facts"]

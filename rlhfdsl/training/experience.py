@@ -46,7 +46,7 @@ class Answers:
         part = {f.name: value[rows] for f in fields(self) if (value := getattr(self, f.name)) is not None}
         width, answer = int(part["lengths"].max()), int(part["mask"].sum(1).max())
         for name, tensor in part.items():
-            if tensor.dim() == 2:
+            if tensor.dim() == 2 and name != "score_terms":
                 part[name] = tensor[:, : width if name == "ids" else answer]
         return type(self)(**part)
 
@@ -54,11 +54,12 @@ class Answers:
 @dataclass(frozen=True, kw_only=True)
 class Scored(Answers):
     """Answers as the training forwards and the reward read them: log-probabilities [B, A] of the sampled tokens under
-    policy and reference, and the reward's raw scores [B]."""
+    policy and reference, and the reward's raw scores [B], with those of each term [B, terms] of a weighted sum."""
 
     log_probs: Tensor
     ref_log_probs: Tensor
     scores: Tensor
+    score_terms: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

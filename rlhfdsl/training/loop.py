@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from rlhfdsl.data.edge import Example
 from rlhfdsl.data.order import batch_rows
@@ -16,7 +17,7 @@ from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.evaluation import answer, report_answers, summary
 from rlhfdsl.training.experience import Experience
 from rlhfdsl.training.onpolicy import Engines, OnPolicy
-from rlhfdsl.training.rewards import ModelReward
+from rlhfdsl.training.rewards import ModelReward, Reward, TextReward, Weighted, endpoint, function_of
 
 
 def make_engines(context: Context) -> Engines:
@@ -25,8 +26,26 @@ def make_engines(context: Context) -> Engines:
     longest = settings["rollout"]["prompt"] + settings["rollout"]["answer"]
     actor = context.engine("actor", HybridEngine)
     critic = context.engine("critic", ScalarEngine) if "critic" in context.stage["engines"] else None
-    ref, judge = context.reference(actor), context.engine("reward", ScalarEngine)
-    reward = ModelReward(judge, longest=longest, normalize=settings["reward"]["normalize"])
+    ref = context.reference(actor)
+
+    def decode(ids: list[int]) -> str:
+        return context.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def reward_of(source: dict[str, Any]) -> Reward:
+        at = f"scorer.{source['name']}"
+        match source["kind"]:
+            case "model":
+                judge = context.engine(source["engine"], ScalarEngine)
+                return ModelReward(judge, longest=longest, normalize=settings["reward"]["normalize"])
+            case "endpoint":
+                return TextReward(f"POST {source['url']}", endpoint(source["url"], source["timeout"]), decode, at)
+        pins = source["facts"]["files"][source["file"]] if source["facts"] is not None else None
+        function = function_of(context.base / source["file"], source["function"], pins)
+        return TextReward(f"`{source['function']}` of `{source['file']}`", function, decode, at)
+
+    sources = settings["reward"]["sources"]
+    terms = [(source["name"], source["weight"], reward_of(source)) for source in sources]
+    reward = terms[0][2] if len(terms) == 1 else Weighted(terms)
     return Engines(actor, ref, reward, critic)
 
 

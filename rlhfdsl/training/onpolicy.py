@@ -31,7 +31,7 @@ from rlhfdsl.training.experience import Experience, Scored, as_answers
 from rlhfdsl.training.losses import kl_estimate
 from rlhfdsl.training.micro import micro_parts
 from rlhfdsl.training.policy import policy_gradients, pretraining_gradients
-from rlhfdsl.training.rewards import ModelReward, Reward
+from rlhfdsl.training.rewards import Reward, Weighted, models
 
 
 @dataclass
@@ -164,8 +164,12 @@ class OnPolicy(ABC):
             engine.eval()
             parts = [rows for minibatch in self.parts(answers, engine) for rows in minibatch]
             log_probs.append(rollouts.read(answers, parts, lambda part, e=engine: self._log_probs(e, part)))
-        return Scored(**vars(answers), log_probs=log_probs[0], ref_log_probs=log_probs[1],
-                      scores=self.engines.reward(answers).float())  # fmt: skip
+        reward = self.engines.reward
+        terms = reward.terms(answers) if isinstance(reward, Weighted) else None
+        scores = reward(answers).float() if terms is None else reward.total(terms)
+        return Scored(
+            **vars(answers), log_probs=log_probs[0], ref_log_probs=log_probs[1], scores=scores, score_terms=terms
+        )
 
     def parts(self, answers: Scored, engine: Engine | BasePolicy) -> list[list[Tensor]]:
         """The micro batches of each minibatch of the update.
@@ -218,7 +222,14 @@ class OnPolicy(ABC):
             "ended": ended / count,
             "score_clipped": clips / count,
             "parity": parity / tokens,
-        }
+        } | self._term_metrics(experience, count)
+
+    def _term_metrics(self, experience: Experience, count: float) -> dict[str, float]:
+        """The mean of each term of a score that has several."""
+        if experience.score_terms is None:
+            return {}
+        means = all_sum(experience.score_terms.double().sum(0)) / count
+        return {f"score_{name}": value for name, value in zip(self.engines.reward.names, means.tolist(), strict=True)}
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -273,7 +284,7 @@ class OnPolicy(ABC):
     @torch.no_grad()
     def check(self, experience: Experience, same_reference: bool) -> dict[str, float]:
         """The invariants of step 0, on the first micro batch of the first rollout. Raises UserError."""
-        actor, reward = self.engines.actor, self.engines.reward
+        actor = self.engines.actor
         part = experience.take(self.parts(experience, actor)[0][0])
         actor.train()
         again = self._log_probs(actor, part)
@@ -281,12 +292,13 @@ class OnPolicy(ABC):
         found = {"ratio": invariants.ratio_is_one(part.log_probs, again, part.mask, dtype)}
         if same_reference:
             found["reference"] = invariants.reference_agrees(part.log_probs, part.ref_log_probs, part.mask, dtype)
-        if isinstance(reward, ModelReward):
+        for reward in models(self.engines.reward):
             part = experience.rows(0, reward.engine.micro)
             padded = torch.nn.functional.pad(part.ids, (0, 7), value=self.pad_id)
-            found["padding"] = invariants.padding_is_ignored(
+            drift = invariants.padding_is_ignored(
                 reward.engine.scores(part.ids, part.lengths),
                 reward.engine.scores(padded, part.lengths),
                 reward.engine.spec["dtype"],
             )
+            found["padding"] = max(drift, found.get("padding", 0.0))
         return {f"invariant_{name}": value for name, value in found.items()}

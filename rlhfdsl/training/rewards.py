@@ -1,15 +1,34 @@
-"""Where the score of an answer comes from."""
+"""Where the score of an answer comes from: a reward model, a Python function, an HTTP endpoint, or a weighted sum.
+
+A function and an endpoint are called once for each rollout and rank with all of its answers. What they give is checked,
+and whatever is wrong with it ends the run: a score that is missing or not a number would be learnt as one.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import hashlib
+import json
+import math
+import sys
+import traceback
+import types
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from rlhfdsl.engines.engine import ScalarEngine
+from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.training.experience import Answers
 from rlhfdsl.training.micro import micro_parts
 from rlhfdsl.training.rollouts import read
+
+Function = Callable[[list[str], list[str]], Sequence[float]]
+Decode = Callable[[list[int]], str]
 
 
 class Reward(Protocol):
@@ -36,3 +55,137 @@ class ModelReward:
         (parts,) = micro_parts(answers.lengths.tolist(), self.engine.micro, self.longest)
         scores = read(answers, parts, lambda part: self.engine.scores(part.ids, part.lengths))
         return (scores - self.mean) / self.deviation
+
+
+class TextReward:
+    """A score made from texts: `function(prompts, answers)` gives a number for each answer.
+
+    name: what a message calls it; decode: ids to text; at: the recipe's address of it. Raises UserError E0742 when the
+    call fails and E0743 when it gives anything but one finite number for each answer.
+    """
+
+    def __init__(self, name: str, function: Function, decode: Decode, at: str | None = None):
+        self.name, self.function, self.decode, self.at = name, function, decode, at
+
+    def __call__(self, answers: Answers) -> Tensor:
+        prompts, texts = [], []
+        for ids, start, end in zip(answers.ids, answers.prompt_lengths, answers.lengths, strict=True):
+            prompts.append(self.decode(ids[:start].tolist()))
+            texts.append(self.decode(ids[start:end].tolist()))
+        try:
+            given = self.function(list(prompts), list(texts))
+        except UserError as error:
+            error.at = error.at or self.at
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            message = f"{self.name} raised {type(error).__name__}: {error}"
+            raise UserError("E0742", message, at=self.at, help=f"its first answer was {texts[0][:200]!r}") from error
+        return torch.tensor(self._checked(given, texts), device=answers.ids.device)
+
+    def _checked(self, given: Any, texts: Sequence[str]) -> list[float]:
+        if isinstance(given, Tensor):
+            given = given.tolist()
+        try:
+            scores = list(given)
+        except TypeError:
+            raise self._wrong(f"gave {type(given).__name__}, not a list of numbers") from None
+        if len(scores) != len(texts):
+            raise self._wrong(f"gave {len(scores)} scores for {len(texts)} answers")
+        for number, (score, text) in enumerate(zip(scores, texts, strict=True)):
+            try:
+                value = float(score)
+            except (TypeError, ValueError):
+                value = math.nan
+            if not math.isfinite(value):
+                raise self._wrong(f"gave {score!r} for answer {number}, {text[:80]!r}")
+            scores[number] = value
+        return scores
+
+    def _wrong(self, what: str) -> UserError:
+        help = "it takes one finite number for each answer, in their order"
+        return UserError("E0743", f"{self.name} {what}", at=self.at, help=help)
+
+
+class Weighted:
+    """A sum of rewards, each times its weight; `names` are those of the metrics of its terms."""
+
+    def __init__(self, terms: Sequence[tuple[str, float, Reward]]):
+        self.names = [name for name, _, _ in terms]
+        self.weights = [weight for _, weight, _ in terms]
+        self.rewards = [reward for _, _, reward in terms]
+
+    def terms(self, answers: Answers) -> Tensor:
+        """The unweighted scores of every term, fp32 [B, terms]."""
+        return torch.stack([reward(answers).float() for reward in self.rewards], 1)
+
+    def total(self, terms: Tensor) -> Tensor:
+        """[B, terms] -> [B]."""
+        return terms @ torch.tensor(self.weights, device=terms.device)
+
+    def __call__(self, answers: Answers) -> Tensor:
+        return self.total(self.terms(answers))
+
+
+def models(reward: Reward) -> Iterator[ModelReward]:
+    """The reward models of a reward."""
+    if isinstance(reward, ModelReward):
+        yield reward
+    for inner in reward.rewards if isinstance(reward, Weighted) else ():
+        yield from models(inner)
+
+
+def function_of(path: Path, name: str, pins: Mapping[str, Any] | None) -> Function:
+    """A function of a Python file, whose code is the bytes that the plan pinned. Raises UserError.
+
+    The file is run here and nowhere before. Only it is pinned, not what it imports.
+    """
+    code = path.read_bytes()
+    found = "sha256:" + hashlib.sha256(code).hexdigest()
+    if pins is not None and pins["sha256"] != found:
+        raise UserError("E0725", f"`{path.name}` is not the file that was planned: {pins['sha256']} then, {found} now",
+                        place=str(path), help="plan again")  # fmt: skip
+    module = types.ModuleType(f"scorer_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # which a dataclass of the file asks for
+    try:
+        exec(compile(code, str(path), "exec"), module.__dict__)
+    except Exception as error:
+        traceback.print_exc()
+        raise UserError("E0742", f"`{path.name}` raised {type(error).__name__} as it was loaded: {error}",
+                        place=str(path)) from error  # fmt: skip
+    if not callable(getattr(module, name, None)):
+        raise UserError("E0741", f"`{path.name}` defines no function `{name}`", place=str(path))
+    return getattr(module, name)
+
+
+def endpoint(url: str, timeout: float) -> Function:
+    """A function that asks an HTTP endpoint: POST {"prompts": […], "answers": […]} gives {"scores": […]}.
+
+    timeout: seconds. It raises UserError E0742 or E0743, which name the URL.
+    """
+
+    def ask(prompts: list[str], answers: list[str]) -> Sequence[float]:
+        def failed(why: str) -> UserError:
+            help = f"it was asked for the scores of {len(answers)} answers"
+            return UserError("E0742", f"POST {url} {why}", help=help)
+
+        body = json.dumps({"prompts": prompts, "answers": answers}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            raise failed(f"answered {error.code} {error.reason}") from error
+        except TimeoutError as error:
+            raise failed(f"took longer than {timeout:g} s") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            late = isinstance(reason, TimeoutError)
+            raise failed(f"took longer than {timeout:g} s" if late else f"could not be reached: {reason}") from error
+        try:
+            return json.loads(text)["scores"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError("E0743", f'POST {url} gave {text[:80]!r}, not {{"scores": […]}}') from None
+
+    return ask

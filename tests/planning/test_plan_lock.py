@@ -113,19 +113,19 @@ def test_a_source_is_held_to_its_locked_commit():
 
 
 def test_missing_and_drop_stale(shop):
-    edges, models = lock.missing(shop.plan(PIPELINE))
+    found = lock.missing(shop.plan(PIPELINE))
     # the ppo stage has no eval; sft and reward read different things from the same part
-    assert [a for a, _ in edges] == [
+    assert [address for _, address, _ in found] == [
+        "model.tiny",
         "stage.sft.train", "stage.sft.eval", "stage.reward.train", "stage.reward.eval", "stage.ppo.train",
     ]  # fmt: skip
-    assert [a for a, _ in models] == ["model.tiny"]
     shop.know(PIPELINE, 100)
     plan = shop.plan(PIPELINE)
-    assert lock.missing(plan) == ([], [])
+    assert lock.missing(plan) == []
     gone = {"files": {"pairs.jsonl": {"bytes": 1, "sha256": "sha256:00"}}}
-    shop.lock["edges"][edges[0][1]["key"]] |= gone
+    shop.lock["edges"][found[1][2]["key"]] |= gone
     assert [c.name for c in lock.drop_stale(shop.lock, shop.plan(PIPELINE), shop.folder)] == ["pairs.jsonl"]
-    assert [a for a, _ in lock.missing(shop.plan(PIPELINE))[0]] == ["stage.sft.train"]
+    assert [address for _, address, _ in lock.missing(shop.plan(PIPELINE))] == ["stage.sft.train"]
 
 
 def test_equal_inputs_are_listed_once(shop):
@@ -133,6 +133,6 @@ def test_equal_inputs_are_listed_once(shop):
         PIPELINE
         + "stage sft twin { model = model.tiny, data = blend.chat.sft, batch = 8, length = 128, lr = 1e-3 }\n"
     )
-    edges, _ = lock.missing(shop.plan(text))
-    assert len(edges) == 5
-    json.dumps(edges)
+    found = lock.missing(shop.plan(text))
+    assert len(found) == 6
+    json.dumps(found)

@@ -24,6 +24,9 @@ blend all {
 }
 parallel shard { zero = 0, micro = 2 }
 
+scorer brevity { file = "./rewards.py", function = "brevity" }
+scorer judge { model = stage.reward }
+
 stage reward {
   model = model.tiny, data = blend.all, steps = 2, batch = 4, length = 96, lr = 1e-3, parallel = parallel.shard
 }
@@ -45,7 +48,7 @@ stage grpo {
 stage rloo {
   data = blend.all, eval = blend.all.eval, rollouts = 2
   actor { model = stage.grpo.ema, lr = 1e-3, parallel = parallel.shard }
-  reward { model = stage.reward }
+  reward { call = scorer.brevity, add { judge = 0.5 } }
   rollout { batch = 4, answers = 2, prompt = 64, answer = 12 }
   update { minibatch = 8 }
   kl { coef = 0.05 }
@@ -53,10 +56,18 @@ stage rloo {
 """
 
 
+BREVITY = """
+def brevity(prompts, answers):
+    assert all(prompt.strip().startswith("Human: What is a") for prompt in prompts)
+    return [-float(len(answer)) for answer in answers]
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("critic-free")
     path = write_recipe(folder, RECIPE)
+    (folder / "rewards.py").write_text(BREVITY)
     made = plan(path, f'recipe.output="{folder}/run"')
     run_here(made, folder)
     (folder / "run" / "plan.json").write_text(json.dumps(made))
@@ -128,6 +139,12 @@ def test_an_update_with_smoothing_equals_the_slow_version(folder, slow):
     trained = AutoModelForCausalLM.from_pretrained(folder / "early" / "model", dtype=torch.float32)
     for found, expected in zip(trained.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_a_function_and_a_second_model_score_together(folder):
+    first = events(folder, "rloo", "update")[0]
+    assert first["score"] == pytest.approx(first["score_brevity"] + 0.5 * first["score_judge"], abs=1e-4)
+    assert first["score_brevity"] == pytest.approx(-first["length"], abs=2)  # bytes are tokens; a stop has no text
 
 
 @pytest.mark.parametrize("stage", ["grpo", "rloo"])

@@ -80,6 +80,7 @@ CODES = {
     "E0605": "a stage cannot read the format of a source",
     "E0606": "a stage would evaluate on the rows that it trains on",
     "E0607": "a column plays no role in the format",
+    "E0608": "something is added to a reward that is no scorer",
     # E08 files: E0891 to E0899 are the recipe file's, the others those of data and models
     "E0891": "the recipe file does not exist or cannot be read",
     "E0892": "the recipe is not a regular file",
