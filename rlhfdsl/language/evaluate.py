@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rlhfdsl.language.describe import Symbol, Value, describe
 from rlhfdsl.language.diagnostics import Diagnostic, Label, Span
 from rlhfdsl.language.source import NESTING_LIMIT
 from rlhfdsl.language.suggest import listed, nearest
@@ -23,20 +24,11 @@ from rlhfdsl.language.syntax import (
     Word,
     paths_of,
 )
-from rlhfdsl.language.units import Quantity, Refusal, name, operate, read_number
+from rlhfdsl.language.units import Quantity, Refusal, operate, read_number
 
 TYPES = ("int", "float", "ratio", "bytes", "duration", "text", "switch", "symbol")
 FUNCTIONS = ("min", "max", "ceil", "floor")
 
-
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """A bare word; the schema says what it means."""
-
-    text: str
-
-
-Value = Quantity | Symbol | str | Path | tuple["Value", ...]
 Found = Value | None  # None: a mistake was found and reported
 
 
@@ -46,48 +38,6 @@ class Given:
 
     value: Expression
     span: Span
-
-
-def describe(value: Value) -> str:
-    """What a value is, for a message."""
-    match value:
-        case Quantity(unit="" | "count"):
-            return f"the number {written(value)}"
-        case Quantity():
-            return name(value)
-        case Symbol(text=text):
-            return f"the word `{text}`"
-        case str():
-            return "a text"
-        case Path():
-            return f"the reference `{value.text}`"
-        case _:
-            return "a list"
-
-
-def written(value: Value) -> str:
-    """A value as a writer would write it."""
-    match value:
-        case Quantity(unit=unit):
-            number = float(value.value * 100) if unit == "ratio" else to_float(value)
-            text = str(int(number)) if abs(number) < 1e15 and number == int(number) else repr(number)
-            return text + {"ratio": "%", "bytes": "B", "duration": "s"}.get(unit, "")
-        case Symbol(text=text):
-            return f"`{text}`"
-        case str():
-            return f'"{value}"'
-        case Path():
-            return f"`{value.text}`"
-        case _:
-            return f"a list of {len(value)}"
-
-
-def to_float(value: Quantity) -> float:
-    """The nearest float; infinity when there is none."""
-    try:
-        return float(value.value)
-    except OverflowError:
-        return math.inf
 
 
 class Evaluator:

@@ -7,7 +7,8 @@ from typing import Any
 from rlhfdsl.language import schema
 from rlhfdsl.language.check import place
 from rlhfdsl.language.compile import Compilation
-from rlhfdsl.language.evaluate import Evaluator, written
+from rlhfdsl.language.describe import written
+from rlhfdsl.language.evaluate import Evaluator
 from rlhfdsl.language.presence import shown
 from rlhfdsl.language.recipe import Block, Origin, Reference, Setting, Source, find_block
 from rlhfdsl.language.schema import Attr

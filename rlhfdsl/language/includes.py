@@ -85,15 +85,7 @@ class _Files:
             else:
                 offered = tuple(block for block in other.blocks if block.kind.text in _OFFERED)
                 other = namespaces.prefix(replace(other, blocks=offered, profiles=()), entry.name.text)
-                whole = replace(
-                    whole,
-                    blocks=(*other.blocks, *whole.blocks),
-                    params=(*other.params, *whole.params),
-                    lets=(*other.lets, *whole.lets),
-                    broken=whole.broken or other.broken,
-                    misnested=whole.misnested or other.misnested,
-                    lost=whole.lost or other.lost,
-                )
+                whole = layers.join(other, whole)
             included |= {
                 address_of(block): block.header for block in other.blocks if block.kind.text != "recipe"
             }

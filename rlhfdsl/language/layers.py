@@ -93,26 +93,27 @@ def extend(base: Document, own: Document) -> Document:
 
     The base's `output` is the base's own: two recipes do not write to one folder.
     """
-    blocks: list[BlockSyntax] = []
-    mine = next((block for block in own.blocks if block.kind.text == "recipe"), None)
-    for block in base.blocks:
-        if block.kind.text != "recipe":
-            blocks.append(block)
-    for block in own.blocks:
-        if block is mine:
-            theirs = next((b for b in base.blocks if b.kind.text == "recipe"), None)
-            passed = tuple(m for m in theirs.members if key_of(m) != "output") if theirs is not None else ()
-            block = replace(block, members=merge(passed, block.members, "recipe"))
-        blocks.append(block)
+    mine, theirs = (
+        next((block for block in document.blocks if block.kind.text == "recipe"), None) for document in (own, base)
+    )
+    if mine is not None and theirs is not None:
+        passed = tuple(member for member in theirs.members if key_of(member) != "output")
+        over = replace(mine, members=merge(passed, mine.members, "recipe"))
+        own = replace(own, blocks=tuple(over if block is mine else block for block in own.blocks))
+    return join(replace(base, blocks=tuple(block for block in base.blocks if block.kind.text != "recipe")), own)
+
+
+def join(other: Document, own: Document) -> Document:
+    """What another file says, and then what a file says itself; a mistake in one of them is one in the whole."""
     return replace(
         own,
-        blocks=tuple(blocks),
-        params=(*base.params, *own.params),
-        lets=(*base.lets, *own.lets),
-        profiles=(*base.profiles, *own.profiles),
-        broken=own.broken or base.broken,
-        misnested=own.misnested or base.misnested,
-        lost=own.lost or base.lost,
+        blocks=(*other.blocks, *own.blocks),
+        params=(*other.params, *own.params),
+        lets=(*other.lets, *own.lets),
+        profiles=(*other.profiles, *own.profiles),
+        broken=own.broken or other.broken,
+        misnested=own.misnested or other.misnested,
+        lost=own.lost or other.lost,
     )
 
 

@@ -11,8 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from rlhfdsl.language import schema
+from rlhfdsl.language.describe import Symbol, Value, describe, to_float, written
 from rlhfdsl.language.diagnostics import Diagnostic, Edit, Fix, Span
-from rlhfdsl.language.evaluate import Symbol, Value, describe, to_float, written
 from rlhfdsl.language.recipe import Reference, Source
 from rlhfdsl.language.schema import Attr
 from rlhfdsl.language.suggest import listed, nearest

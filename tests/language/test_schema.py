@@ -12,7 +12,8 @@ import pytest
 from corpus import CORPUS, OK
 
 from rlhfdsl.language import Block, Recipe, Reference, Source, load, schema
-from rlhfdsl.language.evaluate import Evaluator, Symbol
+from rlhfdsl.language.describe import Symbol
+from rlhfdsl.language.evaluate import Evaluator
 from rlhfdsl.language.parser import parse_assignment
 from rlhfdsl.language.source import SourceFile
 from rlhfdsl.language.units import Quantity, read_number
