@@ -13,6 +13,7 @@ from rlhfdsl.language.fixes import fix
 from rlhfdsl.language.format import format_text
 from rlhfdsl.language.parser import parse
 from rlhfdsl.language.source import SourceFile
+from rlhfdsl.lsp import derived
 from rlhfdsl.lsp.complete import complete
 from rlhfdsl.lsp.hover import hints, hover
 from rlhfdsl.lsp.names import Project, Symbol
@@ -223,12 +224,13 @@ def _edit(uri: str, edits: list[Edit], source: SourceFile) -> lsp.WorkspaceEdit:
 
 @server.feature(lsp.TEXT_DOCUMENT_INLAY_HINT)
 def inlay_hints(params: lsp.InlayHintParams) -> list[lsp.InlayHint]:
-    """What calculations come to."""
+    """What calculations come to, and how batches split over the GPUs of the recipe's cluster."""
     document = server.workspace.get_text_document(params.text_document.uri)
     file = path_of(document.uri).as_posix()
     source = SourceFile(file, document.source)
     found = []
-    for offset, text in hints(file, server.compile(document.uri)):
+    compilation = server.compile(document.uri)
+    for offset, text in [*hints(file, compilation), *derived.batches(file, compilation)]:
         place = server.range(Span(file, offset, offset), source).start
         if params.range.start <= place <= params.range.end:
             found.append(lsp.InlayHint(place, text, kind=lsp.InlayHintKind.Type))

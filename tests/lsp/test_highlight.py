@@ -61,3 +61,14 @@ def test_what_the_lexer_tells_apart():
 def test_words_are_those_of_the_table():
     assert {"kinds", "stages", "blocks", "attributes", "symbols"} == textmate.words().keys()
     assert set(textmate.words()["kinds"]) == set(schema.kinds())
+
+
+def test_the_extension_is_coherent():
+    package = json.loads((VSCODE / "package.json").read_text(encoding="utf-8"))
+    (language,), (grammar,) = package["contributes"]["languages"], package["contributes"]["grammars"]
+    assert language["extensions"] == [".rlhf"] and grammar["language"] == language["id"]
+    assert json.loads((VSCODE / grammar["path"]).read_text(encoding="utf-8"))["scopeName"] == grammar["scopeName"]
+    configuration = json.loads((VSCODE / language["configuration"]).read_text(encoding="utf-8"))
+    assert configuration["comments"] == {"lineComment": "#"}
+    assert (VSCODE / package["main"]).is_file()
+    assert package["contributes"]["configuration"]["properties"]["rlhf.command"]["default"] == ["rlhf", "lsp"]
