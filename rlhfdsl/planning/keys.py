@@ -81,7 +81,7 @@ def digest(values: Json) -> str:
 def _learning(engine: Json) -> Json:
     """An engine without what lays it out."""
     values = {name: value for name, value in engine.items() if name not in _ENGINE}
-    config = {name: value for name, value in engine["deepspeed"].items() if name not in _DEEPSPEED}
+    config = {name: value for name, value in (engine["deepspeed"] or {}).items() if name not in _DEEPSPEED}
     if engine["trains"]:
         parameters = config.pop("optimizer")["params"]
         values["optimizer"] = {k: v for k, v in parameters.items() if k not in ("torch_adam", "fused")}

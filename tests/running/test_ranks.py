@@ -9,13 +9,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import plan, run_broken, run_here, write_recipe
+from peft import PeftModel
+from pipeline import RECIPE, plan, run_broken, run_here, write_recipe
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rlhfdsl.engines.ports import free_port
 from rlhfdsl.running.metrics import read_metrics
 
 ZERO = ("0", "2", "3")
+ADAPTED = RECIPE + """
+stage ppo adapted {
+  data     = blend.all
+  rollouts = 3
+  actor {
+    model = stage.sft, lr = 1e-2, ema = 0.9, parallel = parallel.shard
+    lora { rank = 4, alpha = 8 }
+  }
+  critic {
+    model = stage.reward, lr = 1e-3, parallel = parallel.shard
+    lora { rank = 2, targets = attention, lr = 1e-2 }
+  }
+  reward { model = stage.reward }
+  rollout { batch = 4, prompt = 64, answer = 4 }
+  update { minibatch = 4 }
+  kl { coef = 0.05 }
+}
+"""
 # What is compared: everything that learning decides, not times.
 NUMBERS = (
     "loss", "grad_norm", "accuracy", "margin", "score", "kl", "reward", "length", "ended", "policy_loss", "value_loss",
@@ -27,7 +47,7 @@ NUMBERS = (
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    write_recipe(folder)
+    write_recipe(folder, ADAPTED)
     here = Path.cwd()
     os.chdir(folder)
     try:
@@ -52,7 +72,7 @@ def runs(tmp_path_factory) -> Path:
 
 def curves(run: Path) -> dict[tuple, float]:
     found = {}
-    for stage in ("sft", "reward", "ppo"):
+    for stage in ("sft", "reward", "ppo", "adapted"):
         for number, event in enumerate(read_metrics(run / stage / "metrics.jsonl")):
             for name in NUMBERS:
                 if event.get(name) is not None:
@@ -63,12 +83,18 @@ def curves(run: Path) -> dict[tuple, float]:
 @pytest.mark.parametrize("run", [f"{gpus}-{zero}" for gpus in (1, 2) for zero in ZERO if (gpus, zero) != (1, "0")])
 def test_numbers_equal_those_of_one_rank_at_stage_0(runs, run):
     expected, found = curves(runs / "1-0"), curves(runs / run)
-    assert found.keys() == expected.keys() and len(found) > 70
+    assert found.keys() == expected.keys() and len(found) > 90
     worst = max(found, key=lambda key: abs(found[key] - expected[key]))
     assert found == pytest.approx(expected, abs=2e-3, rel=2e-3), worst
 
 
-@pytest.mark.parametrize("artifact", ["sft/model", "reward/model", "ppo/actor", "ppo/actor-ema", "ppo/critic"])
+ARTIFACTS = (
+    "sft/model", "reward/model", "ppo/actor", "ppo/actor-ema", "ppo/critic",
+    "adapted/actor", "adapted/actor-ema", "adapted/critic",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS)
 @pytest.mark.parametrize("run", ["2-0", "2-2", "2-3"])
 def test_weights_equal_those_of_one_rank(runs, run, artifact):
     expected = load_file(runs / "1-0" / artifact / "model.safetensors")
@@ -90,14 +116,14 @@ def test_the_average_is_neither_the_start_nor_the_end(runs):
 @pytest.mark.parametrize("run", ["1-0", "2-2", "2-3"])
 def test_a_run_that_was_broken_off_ends_with_the_same_bits(runs, run):
     weights = sorted(path.relative_to(runs / run) for path in (runs / run).rglob("*.safetensors"))
-    assert len(weights) == 6
+    assert len(weights) == 6 + 3 * 2  # the last stage leaves its adapters beside each model
     for path in weights:
         assert (runs / f"{run}-broken" / path).read_bytes() == (runs / run / path).read_bytes(), path
 
 
 @pytest.mark.parametrize("run", ["1-0", "2-2", "2-3"])
 def test_its_metrics_go_on_where_the_checkpoint_was(runs, run):
-    for stage in ("sft", "reward", "ppo"):
+    for stage in ("sft", "reward", "ppo", "adapted"):
         found, whole = (read_metrics(runs / name / stage / "metrics.jsonl") for name in (f"{run}-broken", run))
         assert [e["event"] for e in found].count("start") == 2
         assert [e["update"] for e in found if e["event"] == "resume"] == [2]
@@ -109,3 +135,16 @@ def test_its_metrics_go_on_where_the_checkpoint_was(runs, run):
 
 def timeless(events: list[dict], kind: str) -> list[dict]:
     return [{k: v for k, v in e.items() if k != "time" and "second" not in k} for e in events if e["event"] == kind]
+
+
+@pytest.mark.parametrize("run", ["1-0", "2-2", "2-3"])
+def test_adapters_beside_their_base_are_the_merged_policy(runs, run):
+    """The base that the adapters were trained beside is the one that the stage began with: no rank wrote to it."""
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(runs / run / "adapted" / "actor")(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(runs / run / "sft" / "model")
+        start = base(ids).logits
+        beside = PeftModel.from_pretrained(base, runs / run / "adapted" / "actor-adapter")(ids).logits
+    torch.testing.assert_close(beside, merged, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(merged, start, atol=1e-2)
