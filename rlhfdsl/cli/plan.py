@@ -67,12 +67,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         from rlhfdsl.planning.render import layout, render
 
-        sys.stdout.write(visible(render(planned.plan)))
+        sys.stdout.write(visible(render(planned.plan, {} if args.no_lock else _actions(planned))))
         if args.fit:
             sys.stdout.write(visible("\n" + layout(planned.plan)))
         if args.output is not None:
             print(f"Saved; run exactly this with: rlhf run {args.output}{_base(args)}")
     return OK
+
+
+def _actions(planned: Planned) -> dict[str, tuple[str, str]]:
+    """What a run from this folder would do now with each stage, and why; nothing while facts are missing."""
+    from rlhfdsl.running import schedule
+
+    if planned.plan is None or planned.missing:
+        return {}
+    return {action.stage: (action.do, action.reason) for action in schedule.actions(planned.plan)}
 
 
 def _measured(folder: Path) -> int:

@@ -38,6 +38,25 @@ def merge(config: Json, over: Json) -> Json:
     return out
 
 
+def learned(config: Json, type_: str = "deepspeed") -> Json:
+    """Of a configuration what another value of would give another model, by the table of `deepspeed { }`.
+
+    How ZeRO lies on the devices is not in it; what the plan derives elsewhere (precision, the optimizer) is.
+    """
+    definition = schema.definition(type_)
+    out: Json = {}
+    for name, value in config.items():
+        if name in definition.blocks:
+            inner = learned(value, definition.blocks[name][0])
+            out |= {name: inner} if inner else {}
+        elif name in definition.attributes:
+            affects = definition.attributes[name].table["x-affects"]
+            out |= {name: value} if affects == "result" else {}
+        elif not type_.startswith("deepspeed.zero_optimization"):
+            out[name] = value
+    return out
+
+
 def effects(problems: Problems, group: Block | None, placed: Placement) -> None:
     """A report for each key that does nothing for an engine as it is placed."""
     block = group.blocks.get("deepspeed") if group is not None else None

@@ -16,6 +16,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhfdsl.planning import escape
+
 Json = dict[str, Any]
 
 # Settings of a stage that leave its result alone.
@@ -23,9 +25,9 @@ _INTERVALS = ("log", "eval_every", "samples_every", "checkpoint_every", "keep")
 _BATCH = ("why", "world", "per_rank", "micro", "accumulation", "generate_per_rank")
 _ENGINE = ("zero", "offload", "gradient_checkpointing", "micro", "accumulation", "deepspeed")
 _DEEPSPEED = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",
-    "managed_gradient_accumulation", "steps_per_print", "wall_clock_breakdown",
-)  # fmt: skip
+    *("train_batch_size", "train_micro_batch_size_per_gpu"),
+    *("gradient_accumulation_steps", "managed_gradient_accumulation"),
+)
 
 
 def keys(plan: Json) -> dict[str, str]:
@@ -81,7 +83,8 @@ def digest(values: Json) -> str:
 def _learning(engine: Json) -> Json:
     """An engine without what lays it out."""
     values = {name: value for name, value in engine.items() if name not in _ENGINE}
-    config = {name: value for name, value in (engine["deepspeed"] or {}).items() if name not in _DEEPSPEED}
+    given = engine["deepspeed"] or {}
+    config = escape.learned({name: value for name, value in given.items() if name not in _DEEPSPEED})
     if engine["trains"]:
         parameters = config.pop("optimizer")["params"]
         values["optimizer"] = {k: v for k, v in parameters.items() if k not in ("torch_adam", "fused")}

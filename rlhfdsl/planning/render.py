@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import dropwhile
 from typing import Any
 
@@ -15,9 +15,13 @@ WIDTH = 110
 SAMPLE_LINES = 12
 
 
-def render(plan: Json) -> str:
-    """A plan (of plan.schema.json) as plain text: header, stages, engines, batches, data, writes."""
-    parts = [_header(plan), _overview(plan), *(_stage(plan, stage) for stage in plan["stages"]), _closing(plan)]
+def render(plan: Json, actions: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """A plan (of plan.schema.json) as plain text: header, stages, engines, batches, data, writes.
+
+    actions: what a run would do with each stage now (run, rerun, resume, cached) and why, by address.
+    """
+    stages = [_stage(plan, stage) for stage in plan["stages"]]
+    parts = [_header(plan), _overview(plan, actions or {}), *stages, _closing(plan)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -58,8 +62,11 @@ def _header(plan: Json) -> list[str]:
     ]
 
 
-def _overview(plan: Json) -> list[str]:
-    rows = []
+_SIGNS = {"run": "+", "rerun": "~", "resume": ">", "cached": "="}
+
+
+def _overview(plan: Json, actions: Mapping[str, tuple[str, str]]) -> list[str]:
+    rows, reasons = [], []
     for stage in plan["stages"]:
         batch = stage["batch"]
         if "rollouts" in batch:
@@ -70,8 +77,12 @@ def _overview(plan: Json) -> list[str]:
             what = f"{figures.number(batch['updates'])} updates of {figures.number(batch['batch'])} {item}"
         time = stage["time"]
         about = "" if time is None or time["seconds"] is None else f"~ {figures.duration(time['seconds'])}"
-        rows.append(["  +", stage["address"], what, "from " + ", ".join(stage["needs"]), about])
-    return figures.table(rows)
+        do, why = actions.get(stage["address"], ("run", ""))
+        rows.append([f"  {_SIGNS[do]}", stage["address"], what, "from " + ", ".join(stage["needs"]), about])
+        reasons.append([f"  {do}", stage["address"], why])
+    if all(do == "run" for do, _ in actions.values()):
+        return figures.table(rows)
+    return [*figures.table(rows), "", *figures.table(reasons)]
 
 
 def _closing(plan: Json) -> list[str]:

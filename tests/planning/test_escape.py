@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from workshop import HEAD, PAIRS, gpus
 
+from rlhfdsl.planning import keys
+
 MODEL = 'model big { from = "facebook/opt-1.3b" }\n'
 
 
@@ -70,3 +72,14 @@ def test_deepspeed_reads_what_is_passed_on(shop, monkeypatch):
     read = runtime.DeepSpeedConfig(config)
     assert (read.zero_config.max_live_parameters, read.zero_config.sub_group_size) == (5 * 10**6, 10**6)
     assert read.comms_config.comms_logger.enabled
+
+
+def test_only_what_is_learned_differently_is_a_change(shop):
+    def learns(text: str) -> str:
+        return keys.keys(shop.plan(sft(3, text), gpus(2)))["stage.sft"]
+
+    plain = learns("")
+    assert learns("steps_per_print = 7, flops_profiler { enabled = on }") == plain
+    assert learns("zero_optimization { stage3_max_live_parameters = 1M }") == plain
+    assert learns("zero_optimization { zero_quantized_weights = on }") != plain
+    assert learns("bf16 { check_grad_overflow = off }") != plain
