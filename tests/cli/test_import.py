@@ -104,14 +104,18 @@ def value(recipe: Recipe, address: str):
         (
             DEEPSPEED_CHAT,
             {
-                "stage.ppo.actor.lr": 9.65e-6, "stage.ppo.actor.ema": 0.992, "stage.ppo.critic.warmup": 100,
+                "stage.ppo.actor.lr": 5e-4, "stage.ppo.actor.lora.rank": 128, "stage.ppo.actor.lora.alpha": 1.0,
+                "stage.ppo.actor.lora.targets": "all", "stage.ppo.actor.ema": 0.992, "stage.ppo.critic.warmup": 100,
                 "stage.ppo.rollout.batch": 256, "stage.ppo.update.minibatch": 128, "stage.ppo.rollout.answer": 128,
                 "parallel.shard.zero": 3, "parallel.critic.zero": 2, "recipe.seed": 1234, "recipe.output": "./output",
                 "blend.chat.split.ppo": 0.4, "blend.chat.mix.rm_static": 0.5,
                 "data.pretrain.subset": "wikitext-103-raw-v1",
                 "stage.ppo.ptx.weight": 20.0, "cluster.node.gpus": 8, "data.full_hh_rlhf.format": "preference",
             },
-            {"actor_lora_dim": "no counterpart", "num_padding_at_beginning": "lengths", "kl.coef": "takes 0.1"},
+            {
+                "actor.lora.rank": "all else beside them", "actor.lr": "9.65e-6 was for the weights",
+                "num_padding_at_beginning": "lengths", "kl.coef": "takes 0.1",
+            },
         ),
         (
             OPENRLHF,
@@ -134,18 +138,42 @@ def value(recipe: Recipe, address: str):
             LLAMA_FACTORY,
             {
                 "stage.reward.lr": 1e-4, "stage.reward.epochs": 3, "stage.reward.warmup": 0.1,
-                "model.base.dtype": "bf16",
+                "model.base.dtype": "bf16", "stage.reward.lora.rank": 8, "stage.reward.lora.alpha": 16.0,
                 "stage.reward.batch": 8, "parallel.shard.zero": 3, "data.dpo_en_demo.rows": 1000,
             },
-            {"finetuning_type": "whole model", "dpo_en_demo": "dataset_info.json"},
+            {"dpo_en_demo": "dataset_info.json"},
         ),
         (
             AXOLOTL,
             {"stage.sft.lr": 1e-5, "stage.sft.batch": 8, "stage.sft.length": 2048, "parallel.shard.micro": 2},
             {"context_parapllel_size": "did it mean `context_parallel_size`"},
         ),
+        (
+            AXOLOTL + "adapter: qlora\nlora_r: 32\nlora_dropout: 0.05\nlora_target_modules:\n  - q_proj\n  - v_proj\n",
+            {
+                "stage.sft.lora.rank": 32, "stage.sft.lora.alpha": 8.0, "stage.sft.lora.dropout": 0.05,
+                "stage.sft.lora.targets": ("q_proj", "v_proj"), "stage.sft.lr": 1e-5,
+            },
+            {"adapter": "not in 4 bits"},
+        ),
+        (
+            TRL.rstrip() + "  --use_peft --lora_r 8",
+            {
+                "stage.ppo.actor.lora.rank": 8, "stage.ppo.actor.lora.alpha": 32.0,
+                "stage.ppo.actor.lora.dropout": 0.0,
+            },
+            {"actor.lora.dropout": "no dropout"},
+        ),
+        (
+            OPENRLHF.rstrip() + "  --ds.lora.rank 16 --ds.lora.alpha 32 --ds.lora.target_modules q_proj v_proj",
+            {
+                "stage.ppo.actor.lora.rank": 16, "stage.ppo.critic.lora.targets": ("q_proj", "v_proj"),
+                "stage.ppo.critic.lora.alpha": 32.0, "stage.ppo.critic.lr": 9e-6,
+            },
+            {},
+        ),
     ],
-    ids=["DeepSpeed-Chat", "OpenRLHF", "TRL", "LLaMA-Factory", "axolotl"],
+    ids=["DeepSpeed-Chat", "OpenRLHF", "TRL", "LLaMA-Factory", "axolotl", "axolotl-lora", "TRL-lora", "OpenRLHF-lora"],
 )  # fmt: skip
 def test_what_a_command_becomes(tmp_path, text, values, notes):
     recipe, found = imported(tmp_path, text)

@@ -184,6 +184,8 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
             draft.values[f"@{kind}"] = text
         case "generation" | "generations":
             draft.values[f"@{kind}"] = text
+        case "lora" | "actor_lora" | "critic_lora":
+            draft.lists[target] = tuple(part for value in given.values for part in value.split(","))
         case "recipe" | "model" | "judge" | "ptx":
             draft.values[target] = text
         case "parallel" | "critic":

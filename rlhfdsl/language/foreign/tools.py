@@ -22,7 +22,8 @@ class Tool:
     without: Mapping[str, str] = field(default_factory=dict)
 
 
-_LORA = "no counterpart: the whole model is trained, in its own type"
+_WHOLE = "weights are held in their own type"
+_LORA = "lora { } trains the adapters alone, of one kind"
 _DERIVED = "derived here"
 _HOOKS = "logging goes to the run's folder"
 _FAST = "chosen here from what the model and the GPU allow"
@@ -56,8 +57,7 @@ _COMMON_WITHOUT = {
     "save_steps": _SAVE, "save_strategy": _SAVE, "save_total_limit": _SAVE, "save_only_model": _SAVE,
     "eval_strategy": _INTERVAL, "evaluation_strategy": _INTERVAL,
     "push_to_hub": _HUB, "hub_model_id": _HUB,
-    "lora_r": _LORA, "lora_alpha": _LORA, "lora_dropout": _LORA, "lora_rank": _LORA, "lora_target": _LORA,
-    "lora_target_modules": _LORA, "use_peft": _LORA, "ddp_timeout": _LAUNCH,
+    "ddp_timeout": _LAUNCH,
     "overwrite_output_dir": "a run never overwrites another", "overwrite_cache": _LOAD,
     "preprocessing_num_workers": _LOAD, "dataloader_num_workers": _LOAD, "dataset_num_proc": _LOAD,
     "resume_from_checkpoint": "`rlhf run` goes on by itself", "tf32": _FAST, "optim": "the optimizer is AdamW",
@@ -85,13 +85,14 @@ TOOLS: dict[str, Tool] = {
             "lr_scheduler_type": "@schedule", "num_warmup_steps": "@warmup", "enable_ema": "@ema",
             "unsupervised_dataset_name": "@ptx.data", "unsupervised_dataset_config_name": "@ptx.subset",
             "unsup_coef": "ptx.weight", "weight_decay": "weight_decay", "num_train_epochs": "epochs",
+            **{f"{who}lora_{name}": f"@{who}lora.{field}" for who in ("", "actor_", "critic_") for name, field in (
+                ("dim", "rank"), ("module_name", "targets"), ("learning_rate", "lr"),
+            )},
+            "only_optimize_lora": "@lora.only",
         },
         {
             **_COMMON_WITHOUT, "data_output_path": _LOAD, "local_rank": _LAUNCH,
-            "lora_dim": _LORA, "lora_module_name": _LORA, "only_optimize_lora": _LORA, "lora_learning_rate": _LORA,
-            "actor_lora_dim": _LORA, "actor_lora_module_name": _LORA, "critic_lora_dim": _LORA,
-            "critic_lora_module_name": _LORA, "actor_lora_learning_rate": _LORA, "critic_lora_learning_rate": _LORA,
-            "enable_mixed_precision_lora": _LORA, "num_padding_at_beginning": "padding is told by lengths",
+            "enable_mixed_precision_lora": _FAST, "num_padding_at_beginning": "padding is told by lengths",
             "enable_hybrid_engine": _FAST, "inference_tp_size": _ENGINE, "tp_gather_partition_size": _ENGINE,
             "unpin_actor_parameters": _ENGINE, "release_inference_cache": _ENGINE, "print_loss": _HOOKS,
             "enable_tensorboard": _HOOKS, "tensorboard_path": _HOOKS, "print_answers": _HOOKS,
@@ -127,6 +128,9 @@ TOOLS: dict[str, Tool] = {
             "algo.kl.init_coef": "kl.coef", "data.prompt_dataset": "@data", "data.dataset": "@data",
             "data.max_len": "length", "actor.num_gpus_per_node": "@gpus", "actor.num_nodes": "@nodes",
             "train.micro_batch_size": "@micro", "reward.normalize_enable": "reward.normalize",
+            "lora_rank": "@lora.rank", "lora_alpha": "@lora.alpha", "lora_dropout": "@lora.dropout",
+            "target_modules": "@lora.targets", "ds.lora.rank": "@lora.rank", "ds.lora.alpha": "@lora.alpha",
+            "ds.lora.dropout": "@lora.dropout", "ds.lora.target_modules": "@lora.targets",
         },
         {
             **_COMMON_WITHOUT, "input_key": _COLUMNS,
@@ -154,13 +158,15 @@ TOOLS: dict[str, Tool] = {
             "micro_batch_size": "@micro", "sequence_len": "length", "num_epochs": "epochs", "max_steps": "steps",
             "lr_scheduler": "@schedule", "warmup_steps": "@warmup", "warmup_ratio": "@warmup",
             "max_grad_norm": "grad_clip", "learning_rate": "lr", "weight_decay": "weight_decay",
-            "train_on_inputs": "@inputs", "logging_steps": "every.log",
+            "train_on_inputs": "@inputs", "logging_steps": "every.log", "adapter": "@lora.kind",
+            "lora_r": "@lora.rank", "lora_alpha": "@lora.alpha", "lora_dropout": "@lora.dropout",
+            "lora_target_modules": "@lora.targets", "lora_target_linear": "@lora.all",
         },
         {
             **_COMMON_WITHOUT, "val_set_size": _PART,
             "dataset_prepared_path": _LOAD, "sample_packing": _FAST, "eval_sample_packing": _FAST,
-            "pad_to_sequence_len": _DERIVED, "adapter": _LORA, "lora_model_dir": _LORA, "lora_target_linear": _LORA,
-            "lora_modules_to_save": _LORA, "load_in_8bit": _LORA, "load_in_4bit": _LORA, "flash_attention": _FAST,
+            "pad_to_sequence_len": _DERIVED, "lora_model_dir": _LORA,
+            "lora_modules_to_save": _LORA, "load_in_8bit": _WHOLE, "load_in_4bit": _WHOLE, "flash_attention": _FAST,
             "xformers_attention": _FAST, "sdp_attention": _FAST, "attn_implementation": _FAST,
             "optimizer": "the optimizer is AdamW",
             "wandb_project": _HOOKS, "wandb_entity": _HOOKS, "wandb_watch": _HOOKS, "wandb_name": _HOOKS,
@@ -185,16 +191,18 @@ TOOLS: dict[str, Tool] = {
             "lr_scheduler_type": "@schedule", "warmup_ratio": "@warmup", "warmup_steps": "@warmup",
             "max_grad_norm": "@grad_clip", "max_samples": "@rows", "logging_steps": "every.log",
             "max_new_tokens": "rollout.answer", "ppo_epochs": "update.epochs", "ppo_target": "kl.target",
-            "train_on_prompt": "@inputs", "weight_decay": "@weight_decay",
+            "train_on_prompt": "@inputs", "weight_decay": "@weight_decay", "finetuning_type": "@lora.kind",
+            "lora_rank": "@lora.rank", "lora_alpha": "@lora.alpha", "lora_dropout": "@lora.dropout",
+            "lora_target": "@lora.targets",
         },
         {
-            **_COMMON_WITHOUT, "stage": "", "do_train": "", "finetuning_type": "the whole model is trained",
+            **_COMMON_WITHOUT, "stage": "", "do_train": "", "additional_target": _LORA, "quantization_bit": _WHOLE,
             "template": "the model's own chat template is applied", "plot_loss": _HOOKS, "val_size":
             _PART, "eval_steps": _INTERVAL,
             "dataset_dir": "`from` of a data block", "flash_attn": _FAST, "ppo_buffer_size": _DERIVED,
             "ppo_score_norm": "normalize = on in the stage's reward", "ppo_whiten_rewards": "rewards are not whitened",
             "top_k": _SAMPLED, "top_p": _SAMPLED,
-            "trust_remote_code": _CODE, "reward_model_type": _LORA,
+            "trust_remote_code": _CODE, "reward_model_type": "a reward model is whole",
         },
     ),
     "TRL": Tool(
@@ -210,10 +218,13 @@ TOOLS: dict[str, Tool] = {
             "vf_coef": "update.value_weight", "gamma": "update.gamma", "lam": "update.lambda",
             "missing_eos_penalty": "@missing_eos", "temperature": "rollout.temperature", "logging_steps": "every.log",
             "torch_dtype": "@model.dtype", "dtype": "@model.dtype", "num_processes": "@gpus", "num_machines": "@nodes",
-            "weight_decay": "@weight_decay", "num_mini_batches": "@minibatches",
+            "weight_decay": "@weight_decay", "num_mini_batches": "@minibatches", "use_peft": "@lora.kind",
+            "lora_r": "@lora.rank", "lora_alpha": "@lora.alpha", "lora_dropout": "@lora.dropout",
+            "lora_target_modules": "@lora.targets",
         },
         {
             **_COMMON_WITHOUT, "dataset_test_split": "evaluate on a part of a blend: `eval = blend.NAME.eval`",
+            "lora_modules_to_save": _LORA, "load_in_4bit": _WHOLE, "load_in_8bit": _WHOLE,
             "attn_implementation": _FAST, "total_episodes": "a count of rollouts: rollouts = 100",
             "local_rollout_forward_batch_size": _DERIVED, "stop_token": "the model's own end tokens", "config_file": "",
             "whiten_rewards": "rewards are not whitened", "remove_unused_columns": _DERIVED,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlhfdsl.language import schema
 from rlhfdsl.language.compile import load
+from rlhfdsl.language.foreign.adapters import adapters
 from rlhfdsl.language.foreign.reading import Command
 from rlhfdsl.language.foreign.taking import Draft, is_number, take
 from rlhfdsl.language.format import layout
@@ -44,6 +45,7 @@ def _recipe(draft: Draft, name: str) -> str:
     """The text of the recipe, not yet in its one form."""
     stage, values = draft.command.stage, draft.values
     _batches(draft)
+    adapters(draft)
     always = ("actor.lr", "critic.lr", "rollout.prompt", "rollout.answer", "kl.coef")
     for target in always if stage == "ppo" else ("lr", "length"):
         draft.assume(target)
@@ -154,8 +156,11 @@ def _stage(draft: Draft) -> str:
     for block, (type_, _) in definition.blocks.items():
         names = ["model", *schema.definition(type_).attributes]
         inner = {name: values[f"{block}.{name}"] for name in dict.fromkeys(names) if f"{block}.{name}" in values}
+        lora = f"{block}.lora."
+        beside = {name.removeprefix(lora): text for name, text in values.items() if name.startswith(lora)}
         if inner:
-            lines.append(_block(block, inner).rstrip())
+            whole = _block(block, inner).rstrip()
+            lines.append(whole[:-1] + f"\n{_block('lora', beside)}}}" if beside else whole)
     return "\n".join([*lines, "}", ""])
 
 
