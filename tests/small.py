@@ -17,13 +17,13 @@ ARCH = {
 
 
 def one_rank() -> torch.device:
-    """Make this process the only rank, on the CPU."""
+    """Make this process the only rank, on the CPU, or on a GPU where there is one."""
     from deepspeed.utils import logger
 
     from rlhfdsl.engines import distributed
 
     logger.setLevel(logging.WARNING)
-    return distributed.join("cpu")
+    return distributed.join("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_entry(**changes) -> dict:
@@ -42,7 +42,7 @@ def scratch(directory: Path, seed: int = 1, **changes) -> str:
 def spec(
     role: str = "policy", *, trains: bool = True, zero: int = 0, dtype: str = "fp32", micro: int = 4, world: int = 1,
     lr: float = 1e-3, ema: float | None = None, grad_clip: float = 0.0, weight_decay: float = 0.0, dropout: float = 0.0,
-    lora: dict | None = None, checkpointing: bool = False,
+    lora: dict | None = None, checkpointing: bool = False, device: str = "cpu",
 ) -> dict:  # fmt: skip
     """An ENGINE entry of the plan."""
     optimizer = {"lr": lr, "betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": weight_decay}
@@ -51,9 +51,10 @@ def spec(
         "head": "none" if role in ("policy", "ref") else "scalar", "dtype": dtype, "attention": "sdpa",
         "lora": lora, "shares": None, "dropout": dropout, "gradient_checkpointing": checkpointing,
         "zero": zero, "offload": "off", "micro": micro, "accumulation": 1, "ema": ema,
+        "rollout": {"engine": "eager", "free_cache": False, "reason": "the test asks for it"},
         "schedule": {"kind": "constant", "lr": lr, "warmup": 0, "updates": 10} if trains else None,
         "deepspeed": deepspeed_config.config(
-            dtype=dtype, zero=zero, offload="off", device="cpu", world=world, micro=micro, accumulation=1,
+            dtype=dtype, zero=zero, offload="off", device=device, world=world, micro=micro, accumulation=1,
             parameters=None, trains=trains, optimizer=optimizer if trains else None, grad_clip=grad_clip,
         ),
     }  # fmt: skip

@@ -128,17 +128,21 @@ def _groups(module: nn.Module, spec: dict) -> list[dict]:
     """What trains, in groups of one weight decay and one rate.
 
     Weight decay is for matrices only: biases, norms and other vectors keep their scale. `rate` multiplies the schedule
-    of adapters whose learning rate is not the head's.
+    of adapters whose learning rate is not the head's. Matrices come first, so that in ZeRO's flat buffers those of one
+    layer lie side by side (rollout/fusing.py reads them as one).
     """
     decay = spec["deepspeed"]["optimizer"]["params"]["weight_decay"]
     lora = spec["lora"]
     rate = lora["lr"] / spec["schedule"]["lr"] if lora is not None and lora["lr"] is not None else 1.0
     groups: dict[tuple[float, float], list[torch.Tensor]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-            key = decay if matrix else 0.0, rate if ".lora_" in name else 1.0
-            groups.setdefault(key, []).append(parameter)
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    for name, parameter in sorted(trained, key=lambda named: not _is_matrix(named[1])):
+        key = decay if _is_matrix(parameter) else 0.0, rate if ".lora_" in name else 1.0
+        groups.setdefault(key, []).append(parameter)
     return [
         {"params": params, "weight_decay": decay, "rate": rate} for (decay, rate), params in groups.items()
     ]
+
+
+def _is_matrix(parameter: torch.Tensor) -> bool:
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

@@ -1,4 +1,4 @@
-"""The hybrid engine: one set of weights that trains under ZeRO and samples answers."""
+"""The hybrid engine: a policy that trains under DeepSpeed and samples from the same weights."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ from torch import nn
 
 from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.engines.rollout.eager import EagerSampler
-from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling
+from rlhfdsl.engines.rollout.graph import GraphSampler
+from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling
+
+SAMPLERS = {"eager": EagerSampler, "graph": GraphSampler}
 
 
 class HybridEngine(PolicyEngine):
-    """A training engine paired with a rollout engine over the same weights."""
+    """A training engine paired with a rollout engine over the same weights.
+
+    rollout_reason: why `sampler` is the one it is.
+    """
 
     def __init__(self, name: str, spec: dict, module: nn.Module):
         super().__init__(name, spec, module)
-        self.sampler = EagerSampler(self)
+        chosen = spec["rollout"]
+        self.sampler: Sampler = SAMPLERS[chosen["engine"]](self)
+        self.rollout_reason: str = chosen["reason"]
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """Sample answers from the weights as they are now."""
         return self.sampler.generate(prompts, sampling)
+
+    def fall_back(self, reason: str) -> None:
+        """Sample with `generate` from now on."""
+        self.sampler.release()
+        self.sampler, self.rollout_reason = EagerSampler(self), reason

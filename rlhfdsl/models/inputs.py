@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 def length_mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
     """Bool [B, width], true on the first `lengths[b]` columns of each row."""
     return torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def joined(parts: Sequence[torch.Tensor], fill: float) -> torch.Tensor:
+    """Stack [Bi, Ti] tensors into [sum of Bi, longest Ti], the shorter ones filled on the right."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
 
 
 def forward_inputs(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> dict:

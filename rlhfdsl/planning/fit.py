@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from rlhfdsl.planning import memory
+from rlhfdsl.planning import generation, memory
 from rlhfdsl.planning.batches import divisors, largest_divisor
 from rlhfdsl.planning.catalog import largest_layer
 from rlhfdsl.planning.hardware import Target
@@ -91,22 +91,28 @@ def _place(
     usable = int(target.memory * memory.USABLE) if target.memory is not None else None
     room = usable - resident if usable is not None and resident is not None else None
     scores = any(not n.trains for n in needs)
+    sampling = None
+    if rollout is not None:
+        actor_need = next(n for n in needs if n.name == "actor")
+        sampling = generation.at_once(actor_need, stages["actor"][0], states["actor"], rollout, room)
+    free = room if room is None or sampling is None else room - sampling.kept
     placed: list[Placement] = []
     for n in needs:
         if n.shares is not None:  # with the micro batches of its engine its numbers are those of the frozen base
             n = replace(n, micro=next(p.micro for p in placed if p.need.name == n.shares))
         used = states[n.shares or n.name]
-        placed.append(_settle(n, *stages[n.name], states[n.name], used, averages[n.name], room, scores))
-    generate, cache, sampling = _generation(placed, rollout, room)
+        placed.append(_settle(n, *stages[n.name], states[n.name], used, averages[n.name], free, scores))
+    generate = None if rollout is None else rollout.per_rank if sampling is None else sampling.rows
+    kept = 0 if sampling is None else sampling.kept
     if resident is None:
-        return Fit(tuple(placed), generate, cache, (), usable)
-    phases = [] if sampling is None else [Phase("generate", resident, sampling, "actor")]
+        return Fit(tuple(placed), generate, sampling, (), usable)
+    phases = [] if sampling is None else [Phase("generate", resident, sampling.whole, "actor")]
     for name in ("score", "train"):
         users = {p.need.name: p.working[name] for p in placed if name in p.working}
         if users:
             largest = max(users, key=lambda user: users[user])
-            phases.append(Phase(name, resident, users[largest], largest))
-    return Fit(tuple(placed), generate, cache, tuple(phases), usable)
+            phases.append(Phase(name, resident + kept, users[largest], largest))
+    return Fit(tuple(placed), generate, sampling, tuple(phases), usable)
 
 
 def _offload(need: Need, offload: str) -> str:
@@ -190,31 +196,6 @@ def _settle(
             working["train"] = _working(need, zero, used_states, checkpointing, micro, True)
     offload = need.offload or "off"
     return Placement(need, zero, offload, reason, checkpointing, micro, states, average, room, working)
-
-
-def _generation(
-    placed: Sequence[Placement], rollout: Rollout | None, room: int | None
-) -> tuple[int | None, int | None, int | None]:
-    """Sequences to generate at once, the bytes of their KV cache, and of all that generation needs."""
-    if rollout is None:
-        return None, None, None
-    actor = next(p for p in placed if p.need.name == "actor")
-    shape, states = actor.need.shape, actor.states
-    if shape is None or states is None:
-        return rollout.per_rank, None, None
-    gathered = memory.gathered(states, dtype=actor.need.dtype, zero=actor.zero, live=actor.need.live)
-
-    def used(rows: int) -> tuple[int, int]:
-        cache, working = memory.generation(
-            shape, rows=rows, prompt=rollout.prompt, length=rollout.length, dtype=actor.need.dtype,
-            eager=actor.need.eager,
-        )  # fmt: skip
-        return cache, cache + working + gathered
-
-    rows = rollout.per_rank
-    if room is not None:
-        rows = max((d for d in divisors(rollout.per_rank) if used(d)[1] <= room), default=1)
-    return rows, *used(rows)
 
 
 def token_limit(room: int | None) -> int:

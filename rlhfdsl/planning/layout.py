@@ -54,11 +54,29 @@ class Need:
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """The generation of a PPO stage: `per_rank` sequences of `length` tokens from the engine `actor`, the first
-    `prompt` of them given."""
+    `prompt` of them given.
+
+    engine: "eager" or "graph". spare: whether eager may stand in for a graph that has no room. free_cache: whether a
+    graph gives its memory back after each rollout.
+    """
 
     per_rank: int
     prompt: int
     length: int
+    engine: str = "eager"
+    spare: bool = True
+    free_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """`rows` sequences at once: bytes of their cache, of all that generation needs, and of what stays after it."""
+
+    engine: str
+    rows: int
+    cache: int
+    whole: int
+    kept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +117,19 @@ class Phase:
 class Fit:
     """A whole stage on a device, in bytes; no phases when a model's numbers are unknown.
 
-    generate: sequences generated at once on one device. cache: bytes of their keys and values.
+    generate: sequences generated at once on one device. sampling: with what and in how many bytes, where known.
     """
 
     engines: tuple[Placement, ...]
     generate: int | None
-    cache: int | None
+    sampling: Sampling | None
     phases: tuple[Phase, ...]
     usable: int | None
+
+    @property
+    def graph(self) -> bool:
+        """Whether a captured decode step samples."""
+        return self.sampling is not None and self.sampling.engine == "graph"
 
     @property
     def peak(self) -> int | None:

@@ -19,6 +19,7 @@ from rlhfdsl.planning.families import FAMILIES, Family
 USABLE = 0.9  # the share of a device that a plan may fill
 CHUNK = 1 << 26  # bytes of fp32 logits at once, as in training/losses.py
 DRAW = 36  # for each logit: fp32 scores three times, three int64 of the hash behind the noise (rollout/sampling.py)
+COLUMNS, PREFILL = 64, 32_768  # of the graph rollout, as in engines/rollout/graph.py
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -188,13 +189,22 @@ def kv_cache(s: Shape, *, sequences: int, length: int, dtype: str) -> int:
     return 2 * s.layers * s.kv_width * BYTES[dtype] * sequences * length
 
 
-def generation(s: Shape, *, rows: int, prompt: int, length: int, dtype: str, eager: bool) -> tuple[int, int]:
-    """(cache, working) bytes of sampling `rows` sequences at once, from `prompt` tokens to `length`.
+def generation(
+    s: Shape, *, rows: int, prompt: int, length: int, dtype: str, eager: bool, graph: bool
+) -> tuple[int, int]:
+    """(cache, all) bytes of sampling `rows` sequences at once, from `prompt` tokens to `length`.
 
-    The cache grows by joining each step's keys and values to it, which holds one layer twice. Working is the
-    larger of one layer's set over the prompts and a draw over the vocabulary: the logits twice, DRAW bytes more.
+    With `generate` the cache grows by joining each step's keys and values to it, which holds one layer twice; beside
+    it comes the larger of one layer's set over the prompts and a draw over the vocabulary: the logits twice, DRAW
+    bytes more. With `graph` the cache has room for every sequence's `length` from the start (in columns of COLUMNS),
+    prompts are read PREFILL tokens at a time, and a draw reads the logits once.
     """
-    cache = kv_cache(s, sequences=rows, length=length, dtype=dtype)
-    prefill = rows * prompt * layer_tokens(s, prompt, dtype, eager)
-    draw = rows * s.vocab * (2 * BYTES[dtype] + DRAW)
-    return cache + cache // s.layers, max(prefill, draw)
+    if not graph:
+        cache = kv_cache(s, sequences=rows, length=length, dtype=dtype)
+        cache += cache // s.layers
+        prefill = rows * prompt * layer_tokens(s, prompt, dtype, eager)
+        draw = rows * s.vocab * (2 * BYTES[dtype] + DRAW)
+        return cache, cache + max(prefill, draw)
+    cache = kv_cache(s, sequences=rows, length=-(-length // COLUMNS) * COLUMNS, dtype=dtype)
+    prefill = min(rows * prompt, max(PREFILL, prompt)) * layer_tokens(s, prompt, dtype, False)
+    return cache, cache + max(prefill, 2 * rows * s.vocab * BYTES[dtype])

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rlhfdsl.language.recipe import Block
-from rlhfdsl.planning import checks, course, scorers, timing
+from rlhfdsl.planning import capabilities, checks, course, scorers, timing
 from rlhfdsl.planning.batches import largest_divisor, run_length
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.layout import Rollout
-from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, time_of, why, writes_of
+from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, sampler, time_of, why, writes_of
 from rlhfdsl.planning.stages import Json, checkpoints, mean, seed_of, split, used, why_updates
 
 
@@ -73,11 +73,15 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     per_rank, train = sequences // world, minibatch // world
     ptx_rank = ranks[2] or 0
     sized = [replace(part, per_rank=train if part.trains else per_rank) for part in parts]
+    wanted, _ = capabilities.choose(
+        model.shape.type if model.shape else "", 0, scope.target.device, rollout["engine"]
+    )
     work = timing.OnPolicy(
         sequences=per_rank, prompt=mean(edges["train"], rollout["prompt"]), answer=rollout["answer"],
         updates=update["epochs"] * whole, passes=update["epochs"], ptx=ptx_rank, length=length,
     )  # fmt: skip
-    placed = place(scope, at, sized, Rollout(per_rank, rollout["prompt"], length), work)
+    sampling = Rollout(per_rank, rollout["prompt"], length, wanted, rollout["engine"] == "auto", rollout["free_cache"])
+    placed = place(scope, at, sized, sampling, work)
     if placed is None:
         return None
     engines = {p.need.name: p for p in placed.engines}
@@ -120,16 +124,18 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     artifacts = {name: path for made, _ in left for name, path in made.items()}
     writes = [entry for _, entries in left for entry in entries]
     needs = dict.fromkeys(part.reference.address for part in parts)
+    built = {
+        part.name: engine(
+            scope, part, engines[part.name], scope.model(part.reference),
+            train // engines[part.name].micro if part.trains else 1, own.get(part.name),
+        )
+        for part in parts
+    }
+    built["actor"]["rollout"] = sampler(model, placed, scope.target, rollout)
     return {
         "address": at, "kind": kind, "needs": list(needs), "output": output,
         "seed": seed_of(scope.recipe.block["seed"], at), "artifacts": artifacts, "edges": edges,
-        "engines": {
-            part.name: engine(
-                scope, part, engines[part.name], scope.model(part.reference),
-                train // engines[part.name].micro if part.trains else 1, own.get(part.name),
-            )
-            for part in parts
-        },
+        "engines": built,
         "batch": batches, "settings": _settings(block, sources, rollouts, epochs),
         "memory": memory_of(scope, placed), "time": time_of(scope, placed, work, rollouts), "writes": writes,
     }  # fmt: skip
@@ -144,7 +150,9 @@ def _settings(block: Block, sources: list[scorers.Source], rollouts: int | None,
     return {
         "epochs": epochs,
         "rollouts": rollouts,
-        "rollout": {name: s.value for name, s in rollout.settings.items()},
+        "rollout": {
+            name: s.value for name, s in rollout.settings.items() if name not in ("engine", "free_cache")
+        },
         "update": {name: s.value for name, s in update.settings.items()},
         "kl": {
             "coef": kl["coef"], "apply": kl["apply"], "estimator": estimator, "target": kl["target"],

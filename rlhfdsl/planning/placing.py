@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import adapters, advice, checks, course, deepspeed_config, entries, escape, timing
+from rlhfdsl.planning import adapters, advice, capabilities, checks, course, deepspeed_config, entries, escape, timing
 from rlhfdsl.planning.adapters import Lora
 from rlhfdsl.planning.batches import warmup_updates
 from rlhfdsl.planning.entries import Model, Wanted
@@ -170,6 +170,7 @@ def engine(
         "gradient_checkpointing": placed.checkpointing, "zero": placed.zero, "offload": placed.offload,
         "micro": placed.micro, "accumulation": accumulation,
         "ema": group["ema"] if part.name == "actor" and group is not None else None, "schedule": schedule,
+        "rollout": None,
         "deepspeed": None if part.shares is not None else escape.merge(deepspeed_config.config(
             dtype=model.dtype, zero=placed.zero, offload=placed.offload, device=target.device,
             world=target.world, micro=placed.micro, accumulation=accumulation, parameters=placed.need.count,
@@ -177,6 +178,21 @@ def engine(
             grad_clip=group["grad_clip"] if part.trains and group is not None else 0.0,
         ), escape.passed_on(group)),
     }  # fmt: skip
+
+
+def sampler(model: Model, placed: Fit, target: Target, rollout: Block) -> Json:
+    """The rollout engine of a stage's actor: which, whether it gives its memory back after each rollout, and why."""
+    kind = model.shape.type if model.shape is not None else ""
+    zero = next(p.zero for p in placed.engines if p.need.name == "actor")
+    chosen, reason = capabilities.choose(kind, zero, target.device, rollout["engine"])
+    free = rollout["free_cache"]
+    if placed.sampling is not None and chosen == "graph":
+        reasons = capabilities.table()["reasons"]
+        if placed.sampling.engine == "eager":
+            chosen, reason = "eager", reasons["no_room"]
+        elif placed.sampling.kept == 0 and not free:
+            free, reason = True, f"{reason}; {reasons['given_back']}"
+    return {"engine": chosen, "free_cache": free and chosen == "graph", "reason": reason}
 
 
 def memory_of(scope: Scope, placed: Fit) -> Json:
@@ -200,7 +216,7 @@ def memory_of(scope: Scope, placed: Fit) -> Json:
             }
             for phase in placed.phases
         },
-        "cache": placed.cache, "peak": placed.peak,
+        "cache": None if placed.sampling is None else placed.sampling.cache, "peak": placed.peak,
         "host": None if None in hosts else sum(host or 0 for host in hosts),
         "available": scope.target.memory, "usable": placed.usable, "fits": placed.fits,
     }  # fmt: skip

@@ -158,9 +158,10 @@ def _engines(stage: Json) -> list[str]:
 def _memory(plan: Json, stage: Json) -> list[str]:
     """The peak of each phase against the device."""
     memory = stage["memory"]
+    rollout = stage["engines"]["actor"]["rollout"] if "actor" in stage["engines"] else None
+    lines = [] if rollout is None else [f"  rollout   {rollout['engine']}: {rollout['reason']}"]
     if not memory["phases"]:
-        return [f"  peak      {LATER}"]
-    lines = []
+        return [*lines, f"  peak      {LATER}"]
     device = plan["target"]["gpu"] or "device"
     for name, phase in memory["phases"].items():
         stay, work = figures.gib(phase["resident"]), figures.gib(phase["working"])

@@ -21,6 +21,7 @@ from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 
 LOSS_BYTES = 80  # for each logit: copies, fp32 and its softmax, forward, recomputed and backward
 UPDATE_BYTES = 28  # for each parameter: gradient, master weight and two moments read, the last three written
+GRAPH_LAYER = 0.055e-3  # seconds: of a captured decode step, a layer's beyond its bytes (H100: OPT-1.3B at 16 to 256)
 SUM_BYTES = 10  # for each parameter and micro batch: a gradient added to its fp32 sum
 
 
@@ -79,7 +80,7 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
     if work.ptx:
         train += actor.passes(work.ptx * work.updates, work.length, train=True)
     return {
-        "generate": actor.generate(work.sequences, fit.generate or 1, work.prompt, work.answer),
+        "generate": actor.generate(work.sequences, fit.generate or 1, work.prompt, work.answer, fit.graph),
         "score": sum(engine.passes(work.sequences, whole, train=False) for engine in engines.values()),
         "train": train,
     }
@@ -171,8 +172,8 @@ class _Clock:
             step += self.across(size)
         return self.passes(sequences, length, train=True) + updates * step
 
-    def generate(self, sequences: int, rows: int, prompt: float, answer: int) -> float:
-        """Seconds of sampling, `rows` sequences at once."""
+    def generate(self, sequences: int, rows: int, prompt: float, answer: int, graph: bool) -> float:
+        """Seconds of sampling, `rows` sequences at once: by `generate`, or by a captured step over a static cache."""
         rounds = sequences / rows
         prefill = max(
             rows * prompt * self.flops(prompt) / (self.rates.matmul * self.rates.train),
@@ -181,6 +182,9 @@ class _Clock:
         cache = memory.kv_cache(self.shape, sequences=rows, length=1, dtype=self.placed.need.dtype)
         read = self.width * self.count + cache * (prompt + answer / 2)
         compute = rows * self.flops(prompt + answer / 2) / self.rates.matmul
+        if graph:
+            step = max(read / self.rates.copy, compute) + self.shape.layers * GRAPH_LAYER
+            return rounds * (prefill + answer * step) + self.links(train=False)
         step = max(self.shape.layers * self.rates.decode, read / self.rates.copy, compute)
         step += rows * self.shape.vocab * memory.DRAW / self.rates.copy
         if self.placed.zero == 3 and self.count > self.placed.need.live:

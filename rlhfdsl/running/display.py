@@ -52,6 +52,8 @@ class Display:
                 self._bar(name, stage, event["update"], progress_note(event))
             case "eval" if len(event) > 4:
                 self._say(name, f"{event['update']}/{event['of']}  held out: {evaluation_note(event)}", force=True)
+            case "rollout":
+                self._say(name, f"rollout by {event['engine']}: {event['reason']}", force="refused" in event)
             case "invariants":
                 drifts = "  ".join(f"{k.removeprefix('invariant_')} {v:.1e}" for k, v in _numbers(event).items())
                 self._say(name, f"checked before the first update: {drifts}", force=True)

@@ -6,13 +6,11 @@ Three steps, each with more fields: `Answers` are sampled, `Scored` are read by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rlhfdsl.engines.rollout.interface import Rollout
 from rlhfdsl.models.inputs import length_mask
@@ -72,15 +70,13 @@ class Experience(Scored):
     returns: Tensor | None = None
 
 
-def as_answers(rollouts: Sequence[Rollout], pad_id: int) -> Answers:
-    """What a rollout engine returned, in one right-padded batch."""
-    parts = [rollout.right_padded(pad_id) for rollout in rollouts]
-    prompt_lengths, lengths = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+def as_answers(rollout: Rollout, pad_id: int) -> Answers:
+    """What a rollout engine returned, right-padded."""
+    ids, prompt_lengths, lengths = rollout.right_padded(pad_id)
     mask = answer_mask(prompt_lengths, lengths)
     return Answers(
-        ids=joined([part[0] for part in parts], pad_id), prompt_lengths=prompt_lengths, lengths=lengths,
-        ended=torch.cat([rollout.ended for rollout in rollouts]), mask=mask,
-        rollout_log_probs=joined([rollout.log_probs for rollout in rollouts], 0)[:, : mask.shape[1]],
+        ids=ids, prompt_lengths=prompt_lengths, lengths=lengths, ended=rollout.ended, mask=mask,
+        rollout_log_probs=rollout.log_probs[:, : mask.shape[1]],
     )  # fmt: skip
 
 
@@ -98,9 +94,3 @@ def at_answers(per_token: Tensor, prompt_lengths: Tensor, mask: Tensor) -> Tenso
     """
     columns = prompt_lengths.unsqueeze(1) - 1 + torch.arange(mask.shape[1], device=mask.device)
     return per_token.gather(1, columns.clamp(max=per_token.shape[1] - 1)).masked_fill(~mask, 0.0)
-
-
-def joined(parts: Sequence[Tensor], fill: float) -> Tensor:
-    """Stack [Bi, Ti] tensors into [sum of Bi, longest Ti], the shorter ones filled on the right."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])

@@ -16,6 +16,7 @@ from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.evaluation import answer, report_answers, summary
 from rlhfdsl.training.experience import Experience
+from rlhfdsl.training.gate import pass_gate
 from rlhfdsl.training.onpolicy import Engines, OnPolicy
 from rlhfdsl.training.rewards import ModelReward, Reward, TextReward, Weighted, endpoint, function_of
 
@@ -67,6 +68,7 @@ def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
     trained = {engine.name: engine for engine in trainer.trained(actor=True)}
     keeper = context.keeper(trained, batch["rollouts"], trainer)
     done = keeper.restore()
+    context.report("rollout", **pass_gate(trainer, prompts[rank::world] or prompts))
     if held_out and not done:
         trainer.before = answer(trainer, held_out)
         context.report("eval", update=0, of=batch["rollouts"], **summary(trainer.before))

@@ -123,7 +123,7 @@ class OnPolicy(ABC):
         """Tokens of the longest prompt with the longest answer, at which every micro batch was sized."""
         return self.settings["rollout"]["prompt"] + self.settings["rollout"]["answer"]
 
-    def sample(self, prompts: Sequence[Prompt], rows: Sequence[int], rollout: int, answers: int) -> list[Rollout]:
+    def sample(self, prompts: Sequence[Prompt], rows: Sequence[int], rollout: int, answers: int) -> Rollout:
         """Sample `answers` answers to each prompt; `rows` are the prompts' numbers in the global batch."""
         sampling = Sampling(
             max_new_tokens=self.settings["rollout"]["answer"],
@@ -131,10 +131,9 @@ class OnPolicy(ABC):
             n_samples_per_prompt=answers,
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
+            at_once=self.at_once,
         )
-        return rollouts.sample(
-            self.engines.actor, prompts, rows, sampling, at_once=self.at_once, seed=self.seed, rollout=rollout
-        )
+        return rollouts.sample(self.engines.actor, prompts, rows, sampling, seed=self.seed, rollout=rollout)
 
     @torch.no_grad()
     def generate_experience(
@@ -146,6 +145,8 @@ class OnPolicy(ABC):
         """
         started = time.perf_counter()
         sampled = self.sample(prompts, rows, self.rollouts, self.settings["rollout"]["answers"])
+        if self.engines.actor.spec["rollout"]["free_cache"]:
+            self.engines.actor.sampler.release()
         generated = time.perf_counter()
         experience = self.judged(self.score(sampled))
         metrics = self.rollout_metrics(experience)
@@ -156,7 +157,7 @@ class OnPolicy(ABC):
         return experience, metrics
 
     @torch.no_grad()
-    def score(self, sampled: Sequence[Rollout]) -> Scored:
+    def score(self, sampled: Rollout) -> Scored:
         """Read sampled answers with actor, reference and reward."""
         answers = as_answers(sampled, self.pad_id)
         log_probs = []

@@ -17,33 +17,22 @@ from rlhfdsl.training.losses import selected_log_probs
 
 
 def sample(
-    actor: HybridEngine,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    sampling: Sampling,
-    *,
-    at_once: int,
-    seed: int,
-    rollout: int,
-) -> list[Rollout]:
-    """Sample answers to each prompt; one `Rollout` for each `at_once` sequences.
+    actor: HybridEngine, prompts: Sequence[Prompt], rows: Sequence[int], sampling: Sampling, *, seed: int, rollout: int
+) -> Rollout:
+    """Sample answers to each prompt.
 
     rows: the prompts' numbers in the global batch. With `seed` and `rollout` they decide the noise, so an answer does
     not depend on its neighbours or its rank.
     """
     answers = sampling.n_samples_per_prompt
-    step = max(at_once // answers, 1)
-    rollouts = []
-    for chosen in (range(len(prompts))[start : start + step] for start in range(0, len(prompts), step)):
-        ids, mask = left_padded([prompts[i].ids for i in chosen], sampling.pad_id)
-        numbers = torch.tensor([rows[i] for i in chosen]).unsqueeze(1) * answers + torch.arange(answers)
-        request = Prompts(
-            prompt_ids=ids.to(actor.device),
-            prompt_attention_mask=mask.to(actor.device),
-            seeds=row_seeds(seed, rollout, numbers.flatten()).to(actor.device),
-        )
-        rollouts.append(actor.generate(request, sampling))
-    return rollouts
+    ids, mask = left_padded([prompt.ids for prompt in prompts], sampling.pad_id)
+    numbers = torch.tensor(rows).unsqueeze(1) * answers + torch.arange(answers)
+    request = Prompts(
+        prompt_ids=ids.to(actor.device),
+        prompt_attention_mask=mask.to(actor.device),
+        seeds=row_seeds(seed, rollout, numbers.flatten()).to(actor.device),
+    )
+    return actor.generate(request, sampling)
 
 
 def answer_log_probs(engine: PolicyEngine | BasePolicy, part: Answers, temperature: float) -> tuple[Tensor, Tensor]:

@@ -129,8 +129,16 @@ def test_generation():
     """Keys and values of 2 rows, one of 3 layers twice; then the larger of the prompts' layer and a draw."""
     cache = 2 * 3 * 4 * 2 * 10
     given = {"prompt": 3, "length": 5, "dtype": "bf16", "eager": False}
-    assert generation(SMALL, rows=2, **given) == (cache + cache // 3, 2 * 50 * 40)
+    grown = cache + cache // 3
+    assert generation(SMALL, rows=2, graph=False, **given) == (grown, grown + 2 * 50 * 40)
     assert kv_cache(SMALL, sequences=2, length=5, dtype="bf16") == cache
+
+
+def test_generation_by_graph():
+    """A cache of 64 columns from the start; then the larger of 2 x 3 tokens of a layer and the logits twice."""
+    cache = 2 * 3 * 4 * 2 * 2 * 64
+    found = generation(SMALL, rows=2, prompt=3, length=5, dtype="bf16", eager=False, graph=True)
+    assert found == (cache, cache + max(6 * layer_tokens(SMALL, 3, "bf16", False), 2 * 2 * 50 * 2))
 
 
 def test_what_stays_and_what_passes():

@@ -51,7 +51,7 @@ def test_everything_is_where_the_plan_says(finished):
     assert set(took) == {"generate", "score", "train"} and all(seconds > 0 for seconds in took.values())
     events = read_metrics(run / "ppo" / "metrics.jsonl")
     assert [e["event"] for e in events if e["event"] != "sample"] == [
-        "start", "eval", "invariants", "update", "update", "eval", "update", "eval", "eval", "end",
+        "start", "rollout", "eval", "invariants", "update", "update", "eval", "update", "eval", "eval", "end",
     ]  # fmt: skip
     update = next(e for e in events if e["event"] == "update")
     assert all(value is not None for value in update.values())

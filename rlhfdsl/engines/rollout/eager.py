@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling
 from rlhfdsl.engines.rollout.sampling import gumbel
-from rlhfdsl.models.inputs import length_mask
+from rlhfdsl.models.inputs import joined, length_mask
 
 
 class EagerSampler(Sampler):
@@ -24,8 +24,44 @@ class EagerSampler(Sampler):
         copies = sampling.n_samples_per_prompt
         prompts = request.prompt_ids.repeat_interleave(copies, 0)
         mask = request.prompt_attention_mask.repeat_interleave(copies, 0)
-        start = prompts.shape[1]
-        draw = _Draw(request.seeds, sampling.temperature, start)
+        start, size = prompts.shape[1], sampling.at_once or len(prompts)
+        answers, log_probs = [], []
+        for first in range(0, len(prompts), size):
+            part = slice(first, first + size)
+            empty = int((mask[part].sum(0) > 0).long().argmax())  # columns that are padding in every row of the part
+            draw = _Draw(request.seeds[part], sampling.temperature, start - empty)
+            ids = self._decode(prompts[part, empty:], mask[part, empty:], draw, sampling)
+            answers.append(ids[:, start - empty :])
+            log_probs.append(torch.stack(draw.log_probs[: answers[-1].shape[1]], 1))
+        whole = joined(answers, sampling.pad_id)
+        lengths, ended = answer_lengths(whole, sampling.stop_ids)
+        live = length_mask(lengths, whole.shape[1])
+        return Rollout(
+            input_ids=torch.cat([prompts, whole], 1),
+            attention_mask=torch.cat([mask, live.to(mask.dtype)], 1),
+            response_start_idx=torch.full_like(lengths, start),
+            answer_lengths=lengths,
+            ended=ended,
+            log_probs=joined(log_probs, 0.0).masked_fill(~live, 0.0),
+        )
+
+    @torch.no_grad()
+    def log_probs(self, rollout: Rollout, temperature: float) -> torch.Tensor:
+        """log p [B, Ta] of a rollout's answers as decoding with `generate` computes them; 0 beyond their ends."""
+        start = int(rollout.response_start_idx[0])
+        answers = rollout.input_ids[:, start:]
+        width = answers.shape[1]
+        given = _Given(answers, temperature, start)
+        self._decode(
+            rollout.input_ids[:, :start], rollout.attention_mask[:, :start], given, Sampling(max_new_tokens=width)
+        )
+        live = length_mask(rollout.answer_lengths, width)
+        return torch.stack(given.log_probs, 1).masked_fill(~live, 0.0)
+
+    def _decode(
+        self, prompts: torch.Tensor, mask: torch.Tensor, processor: LogitsProcessor, sampling: Sampling
+    ) -> torch.Tensor:
+        """`generate` with one logits processor and nothing else: ids [B, Tp + Ta]."""
         module = self.engine.module
         was_training, own = module.training, module.generation_config
         self.engine.eval()
@@ -34,32 +70,20 @@ class EagerSampler(Sampler):
         module.generation_config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,
-            eos_token_id=list(sampling.stop_ids),
+            eos_token_id=list(sampling.stop_ids) or None,
             pad_token_id=sampling.pad_id,
             use_cache=True,
         )
         try:
-            ids = module.generate(
+            return module.generate(
                 prompts,
                 attention_mask=mask,
-                logits_processor=LogitsProcessorList([draw]),
+                logits_processor=LogitsProcessorList([processor]),
                 synced_gpus=self.engine.partitioned,
             )
         finally:
             module.generation_config = own
             self.engine.deepspeed.train(was_training)
-        answers = ids[:, start:]
-        lengths, ended = answer_lengths(answers, sampling.stop_ids)
-        live = length_mask(lengths, answers.shape[1])
-        log_probs = torch.stack(draw.log_probs[: answers.shape[1]], 1)
-        return Rollout(
-            input_ids=ids,
-            attention_mask=torch.cat([mask, live.to(mask.dtype)], 1),
-            response_start_idx=torch.full_like(lengths, start),
-            answer_lengths=lengths,
-            ended=ended,
-            log_probs=log_probs.masked_fill(~live, 0.0),
-        )
 
 
 class _Draw(LogitsProcessor):
@@ -75,6 +99,21 @@ class _Draw(LogitsProcessor):
         chosen = noisy.argmax(-1, keepdim=True)
         self.log_probs.append((logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1))
         return noisy
+
+
+class _Given(LogitsProcessor):
+    """Turns `generate`'s argmax into given tokens [B, Ta]; keeps their log-probabilities."""
+
+    def __init__(self, answers: torch.Tensor, temperature: float, start: int):
+        self.answers, self.temperature, self.start = answers, temperature, start
+        self.log_probs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        column = input_ids.shape[1] - self.start
+        chosen = self.answers[:, column : column + 1]
+        log_probs = (scores.float() / self.temperature).log_softmax(-1)
+        self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def answer_lengths(answers: torch.Tensor, stop_ids: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,10 +18,14 @@ from rlhfdsl.models.inputs import length_mask
 
 @dataclass
 class Sampling(SamplingConfig):
-    """max_new_tokens, temperature and n_samples_per_prompt of DeepSpeed's, and the ids that end an answer."""
+    """max_new_tokens, temperature and n_samples_per_prompt of DeepSpeed's, and the ids that end an answer.
+
+    at_once: answers sampled at a time, what the KV cache has room for; None is all of them.
+    """
 
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    at_once: int | None = None
 
 
 @dataclass

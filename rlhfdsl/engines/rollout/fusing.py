@@ -1,0 +1,109 @@
+"""Fewer kernels for a decode step, over the same weights and for the time of a capture only.
+
+A decode step is a few hundred small kernels. Norms and rotary embeddings are compiled by torch into one kernel each.
+Projections of one input whose weights lie side by side in memory (as ZeRO's flat buffers lay them: queries, keys and
+values; gate and up) are one product over a view of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+ROTARY = "apply_rotary_pos_emb"  # the name that every rotary family of transformers gives it
+
+
+class Product:
+    """The product of one input with several linear layers, computed when the first of them is called.
+
+    layers: in the order of their memory. Each call with the same input object takes its part.
+    """
+
+    def __init__(self, layers: list[nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None):
+        self.layers, self.weight, self.bias = layers, weight, bias
+        self.input: torch.Tensor | None = None
+        self.parts: dict[int, torch.Tensor] = {}
+
+    def part(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if self.input is not x:
+            whole = functional.linear(x, self.weight, self.bias)
+            split = whole.split([layer.out_features for layer in self.layers], -1)
+            self.input = x
+            self.parts = {id(layer): part for layer, part in zip(self.layers, split, strict=True)}
+        return self.parts[id(layer)]
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
+    """While open, the model's forward launches fewer kernels. compiled: norms and rotary embeddings too."""
+    restore: list[Callable[[], None]] = []
+
+    def patch(holder: object, name: str, value: object, own: bool) -> None:
+        before = getattr(holder, name)
+        setattr(holder, name, value)
+        restore.append(partial(setattr, holder, name, before) if own else partial(delattr, holder, name))
+
+    try:
+        for product in products(model):
+            for layer in product.layers:
+                patch(layer, "forward", partial(product.part, layer), False)
+        if compiled:
+            for module in model.modules():
+                if type(module).__name__.endswith("Norm") and not list(module.children()):
+                    patch(module, "forward", partial(_compiled(type(module).forward), module), False)
+            for place in {sys.modules[type(module).__module__] for module in model.modules()}:
+                if hasattr(place, ROTARY):
+                    patch(place, ROTARY, _compiled(getattr(place, ROTARY)), True)
+        yield
+    finally:
+        for undo in reversed(restore):
+            undo()
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+def products(model: nn.Module) -> list[Product]:
+    """The groups of sibling projections whose weights, and biases, are adjacent."""
+    found = []
+    for module in model.modules():
+        for names in SIBLINGS:
+            layers = [getattr(module, name, None) for name in names]
+            if all(type(layer) is nn.Linear for layer in layers):
+                found.append(_product(layers))
+    return [product for product in found if product is not None]
+
+
+def _product(layers: list[nn.Linear]) -> Product | None:
+    layers = sorted(layers, key=lambda layer: layer.weight.data_ptr())
+    weight = _side_by_side([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers]
+    if weight is None:
+        return None
+    if all(bias is None for bias in biases):
+        return Product(layers, weight, None)
+    if any(bias is None for bias in biases):
+        return None
+    bias = _side_by_side(biases)
+    return None if bias is None else Product(layers, weight, bias)
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """One view of tensors that follow one another in one storage, joined in their first dimension; None if not so."""
+    first = parts[0].data
+    end = first.data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.data_ptr() != end or not part.is_contiguous() or part.shape[1:] != first.shape[1:]:
+            return None
+        end += part.numel() * part.element_size()
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())

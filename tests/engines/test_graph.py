@@ -1,0 +1,196 @@
+"""The graph rollout against the eager one: the same tokens, ends and log-probabilities."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from rollouts import LORA, PROMPTS, TYPES, judged, learn, same, sampled, tiny
+
+from rlhfdsl.engines.rollout import parity
+from rlhfdsl.engines.rollout.cache import RowLayer
+from rlhfdsl.engines.rollout.eager import EagerSampler
+from rlhfdsl.engines.rollout.graph import GraphSampler
+from rlhfdsl.planning.capabilities import choose, table
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_graph_equals_eager(name):
+    engine = tiny(name)
+    graph, eager = GraphSampler(engine), EagerSampler(engine)
+    engine.train()
+    first = sampled(eager)
+    # the case is worth something: some answers stop early and some at different lengths
+    assert first.ended.any() and len(first.answer_lengths.unique()) > 2
+    same(sampled(graph), first)
+    assert engine.module.training  # as it was
+    # shorter, longer, more and fewer rows over the same cache; no row ends
+    same(sampled(graph, PROMPTS[:2], answers=1, stop=(258,)), sampled(eager, PROMPTS[:2], answers=1, stop=(258,)))
+    long = [list(range(i, i + 90 - 20 * i)) for i in range(4)]
+    options = {"answers": 3, "temperature": 1.0, "tokens": 50, "stop": (258,), "seed": 6}
+    same(sampled(graph, long, **options), sampled(eager, long, **options))
+    # an update is seen, and a rollout from before is not
+    learn(engine)
+    after = sampled(eager)
+    assert not torch.equal(after.log_probs, first.log_probs)
+    same(sampled(graph), after)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_graph_reads_the_training_weights_under_zero(zero):
+    engine = tiny("llama", zero=zero)
+    graph, eager = GraphSampler(engine), EagerSampler(engine)
+    for _ in range(2):
+        same(sampled(graph), sampled(eager))
+        learn(engine)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize("zero", [0, 3])
+def test_adapters_are_read_as_they_train(name, zero):
+    engine = tiny(name, zero=zero, lr=0.1, lora=LORA)
+    graph, eager = GraphSampler(engine), EagerSampler(engine)
+    first = sampled(eager)
+    same(sampled(graph), first)
+    learn(engine)
+    after = sampled(eager)
+    assert not torch.equal(after.log_probs, first.log_probs)
+    same(sampled(graph), after)
+
+
+def test_prompts_of_one_token(monkeypatch):
+    engine = tiny("opt")
+    same(sampled(GraphSampler(engine), [[7], [9]]), sampled(EagerSampler(engine), [[7], [9]]))
+
+
+def test_prefill_in_parts_is_the_same(monkeypatch):
+    engine = tiny("llama")
+    expected = sampled(GraphSampler(engine))
+    monkeypatch.setattr("rlhfdsl.engines.rollout.graph.PREFILL_TOKENS", 40)  # two prompts of 16 at a time
+    same(sampled(GraphSampler(engine)), expected, 1e-5)
+
+
+def test_stops_when_every_row_ended():
+    engine = tiny("llama")
+    sampler = GraphSampler(engine)
+    steps = []
+    advance = sampler._advance
+    sampler._advance = lambda count: (steps.append(count), advance(count))
+    everything = tuple(range(259))
+    found = sampled(sampler, stop=everything, tokens=200)
+    assert found.answer_lengths.tolist() == [1] * 10 and found.ended.all()
+    assert len(steps) == 8  # looked at once, not 200 steps
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4, 10, 64])
+def test_slots_are_refilled_and_change_no_answer(at_once):
+    engine = tiny("llama")
+    expected = sampled(EagerSampler(engine))
+    sampler = GraphSampler(engine)
+    same(sampled(sampler, at_once=at_once), expected)
+    assert len(sampler.slots.token) == min(at_once, 10)
+    same(sampled(EagerSampler(engine), at_once=at_once), expected)
+    # the slots' state from the rollout before leaves no trace
+    same(sampled(sampler, at_once=at_once), expected)
+
+
+def test_a_slot_that_is_free_early_does_more_answers():
+    engine = tiny("llama")
+    sampler = GraphSampler(engine)
+    steps = []
+    advance = sampler._advance
+    sampler._advance = lambda count: (steps.append(count), advance(count))
+    prompts = [[5 + i, 9] for i in range(24)]
+    found = sampled(sampler, prompts, answers=1, tokens=96, at_once=4)
+    eager = sum(int(found.answer_lengths[i : i + 4].max()) for i in range(0, 24, 4))
+    assert len(steps) < eager  # four slots, each going on at once, beside six batches that wait for their longest
+    same(found, sampled(EagerSampler(engine), prompts, answers=1, tokens=96, at_once=4))
+
+
+def test_a_released_sampler_starts_again():
+    engine = tiny("gpt2")
+    sampler = GraphSampler(engine)
+    expected = sampled(sampler)
+    sampler.release()
+    assert sampler.cache is None and not sampler.captured
+    same(sampled(sampler), expected, 1e-6)
+
+
+def test_the_model_has_its_own_attention_again():
+    engine = tiny("llama")
+    sampled(GraphSampler(engine))
+    assert engine.module.config._attn_implementation == "sdpa"
+
+
+# -- which engine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, rule in table()["types"].items() if rule["engine"] == "graph"])
+def test_capable_types_get_the_graph_on_cuda_when_it_was_tested(name):
+    assert name in {arch.get("model_type", key) for key, arch in TYPES.items()}
+    for zero in (0, 1, 2):
+        assert choose(name, zero, "cuda") == ("graph", table()["reasons"]["in_place"])
+    engine, reason = choose(name, 3, "cuda")
+    assert engine == "graph" and "gathered" in reason
+    assert choose(name, 0, "cpu")[0] == "eager" and choose(name, 0, "cpu", "graph")[0] == "graph"
+    assert choose(name, 0, "cuda", "eager")[0] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("bloom", "alibi"), ("mpt", "alibi"), ("falcon", "interface"), ("new", "not been proved")]
+)
+def test_other_types_get_eager_and_the_reason(name, word):
+    for asked in ("auto", "graph"):
+        engine, reason = choose(name, 0, "cuda", asked)
+        assert engine == "eager" and word in reason
+
+
+def test_the_table_is_read_without_torch():
+    code = "import sys; from rlhfdsl.planning.capabilities import choose; choose('opt', 0, 'cuda'); "
+    code += "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- the parity gate ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
+def test_gate_holds_on_a_right_rollout(name, dtype):
+    engine = tiny(name, dtype, zero=0 if dtype == "fp32" else 1)
+    found = judged(engine, GraphSampler(engine))
+    assert found.holds, found
+    assert judged(engine, EagerSampler(engine)).rollout_mean == pytest.approx(found.eager_mean, rel=0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
+def test_gate_catches_a_wrong_cache_position(name, dtype, monkeypatch):
+    right = RowLayer.decode
+    monkeypatch.setattr(
+        RowLayer, "decode", lambda layer, write: right(layer, (write - 1).clamp(min=0))
+    )  # each token overwrites the one before it
+    engine = tiny(name, dtype, zero=0 if dtype == "fp32" else 1)
+    found = judged(engine, GraphSampler(engine))
+    assert not found.holds, found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gate_catches_a_stale_copy_of_the_weights(dtype):
+    engine, stale = (tiny("llama", dtype, zero=0 if dtype == "fp32" else 1) for _ in range(2))
+    assert judged(engine, GraphSampler(stale)).holds
+    learn(engine)
+    found = judged(engine, GraphSampler(stale))
+    assert not found.holds, found
+
+
+def test_gate_does_not_hold_on_nan():
+    ones = torch.ones(2, 3)
+    assert parity.compare(ones, ones, ones, ones, "fp32").holds
+    assert not parity.compare(ones * torch.nan, ones, ones, ones, "fp32").holds
+
+
+def test_eager_reads_given_tokens_as_it_sampled_them():
+    engine = tiny("llama")
+    rollout = sampled(EagerSampler(engine))
+    torch.testing.assert_close(EagerSampler(engine).log_probs(rollout, 0.7), rollout.log_probs, atol=1e-5, rtol=0)

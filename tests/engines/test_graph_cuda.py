@@ -1,0 +1,146 @@
+"""The graph rollout and its kernels on a CUDA device, beside `generate` and torch. One command: `make test-gpu`."""
+
+import pytest
+import torch
+from rollouts import LORA, PROMPTS, TYPES, judged, learn, same, sampled, tiny
+
+from rlhfdsl.engines.rollout.attention import decode
+from rlhfdsl.engines.rollout.eager import EagerSampler
+from rlhfdsl.engines.rollout.graph import GraphSampler
+from rlhfdsl.engines.rollout.sampling import gumbel, row_seeds
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32():
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def on_gpu(name, dtype="fp32", zero=0, **changes):
+    return tiny(name, dtype, zero, device="cuda", **changes)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_captured_steps_equal_generate_before_and_after_updates(name):
+    engine = on_gpu(name)
+    graph, eager = GraphSampler(engine), EagerSampler(engine)
+    options = {"answers": 3, "tokens": 70}
+    first = sampled(eager, **options)
+    same(sampled(graph, **options), first, 1e-3)
+    captured = dict(graph.captured)
+    assert graph.capture_failure is None and len(captured) == 1 and graph.compiled
+    for _ in range(2):
+        learn(engine)
+        after = sampled(eager, **options)
+        assert not torch.equal(after.log_probs, first.log_probs)
+        same(sampled(graph, **options), after, 1e-3)
+    same(sampled(graph, **options, at_once=8), after, 1e-3)
+    assert captured.items() <= graph.captured.items()  # replayed, not captured again
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_bf16_is_as_near_to_the_scores_as_generate(name):
+    engine = on_gpu(name, "bf16", 1)
+    for _ in range(2):
+        found = judged(engine, GraphSampler(engine))
+        assert found.holds, found
+        learn(engine)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("zero", [1, 3])
+def test_in_place_or_gathered_with_adapters_or_without(zero, lora):
+    engine = on_gpu("llama", zero=zero, lora=lora)
+    graph, eager = GraphSampler(engine), EagerSampler(engine)
+    for _ in range(2):
+        same(sampled(graph), sampled(eager), 1e-3)
+        learn(engine)
+    assert len(graph.captured) == 1
+
+
+def test_a_released_sampler_captures_again():
+    engine = on_gpu("opt")
+    sampler = GraphSampler(engine)
+    expected = sampled(sampler)
+    before = torch.cuda.memory_allocated()
+    sampler.release()
+    assert torch.cuda.memory_allocated() < before
+    same(sampled(sampler), expected, 1e-5)
+    assert len(sampler.captured) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 64, 80, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (12, 1)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, None), (None, 5.0)])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_attention_over_live_columns(dtype, size, heads, kv_heads, window, softcap, rows):
+    from rlhfdsl.engines.rollout import kernels
+
+    g = torch.Generator("cuda").manual_seed(0)
+    query, keys, values = (
+        torch.randn(rows, count, columns, size, generator=g, device="cuda").to(dtype)
+        for count, columns in ((heads, 1), (kv_heads, 320), (kv_heads, 320))
+    )
+    lengths = torch.randint(1, 321, (rows,), generator=g, device="cuda")
+    lengths[1] = 0
+    found = kernels.attend(query, keys, values, lengths, size**-0.5, window, softcap)
+    expected = decode(query.double(), keys.double(), values.double(), lengths, size**-0.5, window, softcap)
+    busy = lengths > 0
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found[busy].double(), expected[busy], atol=tolerance, rtol=tolerance)
+    assert (found[~busy] == 0).all()
+
+
+def test_attention_reads_nothing_beyond_a_length():
+    from rlhfdsl.engines.rollout import kernels
+
+    query = torch.randn(2, 4, 1, 64, device="cuda")
+    keys, values = torch.randn(2, 2, 4, 256, 64, device="cuda")
+    lengths = torch.tensor([5, 200], device="cuda")
+    expected = kernels.attend(query, keys, values, lengths, 0.125, None, None)
+    for row, length in enumerate([5, 200]):
+        keys[row, :, length:] = torch.nan
+        values[row, :, length:] = torch.nan
+    assert torch.equal(kernels.attend(query, keys, values, lengths, 0.125, None, None), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [259, 4096, 50272])
+def test_draws_are_those_of_the_torch_sampler(dtype, vocabulary):
+    from rlhfdsl.engines.rollout import kernels
+
+    logits = (3 * torch.randn(64, vocabulary, device="cuda")).to(dtype)
+    seeds = row_seeds(3, 1, torch.arange(64)).cuda()
+    step = torch.arange(64, device="cuda") % 7
+    chosen, log_probs = kernels.draw(logits, 0.7, seeds, step)
+    scaled = logits.float() / 0.7
+    noisy = scaled + gumbel(seeds, step, vocabulary)
+    # the logarithms may round differently: the chosen token is a maximum to 1e-4
+    assert (noisy.gather(1, chosen.unsqueeze(1)).squeeze(1) >= noisy.max(1).values - 1e-4).all()
+    assert (chosen == noisy.argmax(1)).float().mean() > 0.98
+    expected = scaled.log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
+
+
+def test_draws_follow_the_softmax():
+    from rlhfdsl.engines.rollout import kernels
+
+    count = 1 << 19
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 3.0, 0.5], device="cuda").expand(count, 6).contiguous()
+    seeds = row_seeds(11, 0, torch.arange(count)).cuda()
+    chosen, _ = kernels.draw(logits, 1.3, seeds, torch.zeros(count, dtype=torch.int64, device="cuda"))
+    expected = (logits[0] / 1.3).softmax(0).double() * count
+    found = torch.bincount(chosen, minlength=6).double()
+    # chi-squared with 5 degrees of freedom: above 25.7 once in 10 000 for a right sampler
+    assert ((found - expected).square() / expected).sum() < 25.7
+
+
+def test_several_lengths_in_one_batch():
+    engine = on_gpu("qwen2")
+    for prompts in ([list(range(1, 1 + n)) for n in (1, 250, 64, 65, 2, 128)], PROMPTS):
+        same(
+            sampled(GraphSampler(engine), prompts, tokens=100, stop=()),
+            sampled(EagerSampler(engine), prompts, tokens=100, stop=()), 1e-3,
+        )  # fmt: skip
