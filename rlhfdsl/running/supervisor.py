@@ -24,6 +24,7 @@ from rlhfdsl.planning.lock import packages
 from rlhfdsl.running import launcher, schedule
 from rlhfdsl.running.inputs import verify_inputs
 from rlhfdsl.running.metrics import MetricsFollower, read_metrics
+from rlhfdsl.running.weights import hashes
 
 POLL_SECONDS = 0.2
 
@@ -168,6 +169,9 @@ class Running:
         """Give a complete stage its result and its name. Its checkpoints have served."""
         result = {**self.stamp, "evaluation": self.evaluation, "seconds": round(seconds, 1), **_record(self.plan)}
         result |= measured.record(self.stage, read_metrics(self.follower.path))
+        # What `rlhf verify` and `rlhf cache verify` hold against: the inputs' folder seen from the run's, the models.
+        run = Path(self.plan["recipe"]["output"]).resolve()
+        result |= {"base": os.path.relpath(self.base.resolve(), run), "files": hashes(self.stage, self.partial)}
         path = self.partial / schedule.RESULT
         with path.open("w", encoding="utf-8") as file:
             file.write(json.dumps(result, indent=1) + "\n")
