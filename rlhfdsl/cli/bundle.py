@@ -61,7 +61,7 @@ def _open(args: argparse.Namespace) -> int:
     if args.open.exists():
         fail(f"{args.open} is there already; name a new folder")
     try:
-        path = saved.unfold(read_saved(args.file), args.open)
+        path = saved.unfold(read_saved(args.file, valid=False), args.open)
     except UserError as error:
         return show_user_error(error)
     except OSError as error:

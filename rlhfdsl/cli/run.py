@@ -31,12 +31,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     go_offline(args)
+    # Not at the head: --offline comes before what might import the hub. Not in the `try`, whose clauses need a name.
+    from rlhfdsl.running.supervisor import Interrupted, execute
+
     recipe: Recipe | None = None
     try:
         recipe, plan, base = given(args)
         check_target(plan)
         from rlhfdsl.running.display import Display
-        from rlhfdsl.running.supervisor import Interrupted, execute
 
         with Display() as display:
             execute(plan, base, display, anew=args.anew)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.cli.common import fail
+from rlhfdsl.language import UserError
 from rlhfdsl.planning import archive, saved
 from rlhfdsl.planning.validate import validate_lock, validate_plan
 
@@ -24,9 +25,11 @@ def is_saved(path: Path) -> bool:
         return False
 
 
-def read_saved(path: Path) -> saved.Saved:
-    """A saved plan or bundle, its bytes verified and its plan valid by the schema. Exits 2 when it cannot be read;
-    raises UserError when it is none or was changed."""
+def read_saved(path: Path, *, valid: bool = True) -> saved.Saved:
+    """A saved plan or bundle, its bytes verified and, if `valid`, its plan valid by the schema.
+
+    Exits 2 when it cannot be read; raises UserError when it is none or was changed.
+    """
     try:
         if path.stat().st_size > archive.LARGEST:
             raise archive.unusable(path.name, f"is larger than {archive.LARGEST >> 30} GiB")
@@ -34,8 +37,12 @@ def read_saved(path: Path) -> saved.Saved:
     except OSError as error:
         fail(f"{path}: {error.strerror}")
     held = saved.read(data, path.name)
-    validate_plan(held.plan)
-    validate_lock(held.locked)
+    try:
+        if valid:
+            validate_plan(held.plan)
+            validate_lock(held.locked)
+    except UserError as error:
+        raise saved.other(held, path.name, [error.message]) from error
     return held
 
 

@@ -157,17 +157,18 @@ def check(saved: Saved, recipe: Recipe, base: Path, name: str) -> None:
     made, found = compile(recipe, saved.locked, target, known=known, fit=bool(saved.about["options"]["fit"]))
     if made is None:
         why = next(d.message for d in found if d.severity == "error")
-        raise _other(saved, name, [f"its recipe has an error here: {why}"])
+        raise other(saved, name, [f"its recipe has an error here: {why}"])
     here, there = dict(_leaves(made)), dict(_leaves(saved.plan))
     paths = [p for p in dict.fromkeys((*there, *here)) if there.get(p) != here.get(p) and p != "generator"]
     if paths:
         told = [f"{path}: {_value(there.get(path))} there, {_value(here.get(path))} here" for path in paths[:_SHOWN]]
         if len(paths) > _SHOWN:
             told.append(f"and {len(paths) - _SHOWN} more")
-        raise _other(saved, name, told)
+        raise other(saved, name, told)
 
 
-def _other(saved: Saved, name: str, differences: list[str]) -> UserError:
+def other(saved: Saved, name: str, differences: list[str]) -> UserError:
+    """That this program does not make the plan in a file, and what it makes otherwise."""
     from rlhfdsl import __version__
 
     here = f"rlhfdsl {__version__}"

@@ -38,7 +38,7 @@ def runs(monkeypatch):
     from rlhfdsl.running import supervisor
 
     found = []
-    monkeypatch.setattr(supervisor, "execute", lambda plan, base, show: found.append((plan, base)))
+    monkeypatch.setattr(supervisor, "execute", lambda plan, base, show, **_: found.append((plan, base)))
     return found
 
 
@@ -167,7 +167,7 @@ def test_a_truncated_file(capsys, bundle, runs, end):
         (lambda plan: plan["stages"][0].update(output="runs/other"), "outside its run"),
         (lambda plan: plan["stages"][0]["artifacts"].update(policy="runs/mine/sft/../../../x"), "outside its run"),
         (lambda plan: plan.update(format_version="9.0"), "format 9.0"),
-        (lambda plan: plan.pop("stages"), "E0720"),
+        (lambda plan: plan.pop("stages"), "'stages' is a required property"),
         (lambda plan: plan["target"].update(gpus=64, world=64), "E0752"),
     ],
 )  # fmt: skip
