@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rlhfdsl.engines.schedule import learning_rate
-from rlhfdsl.models.inputs import forward_inputs
+from rlhfdsl.models.inputs import forward_inputs, takes
 from rlhfdsl.models.lora import adapters_off, lora_layers
 from rlhfdsl.models.scalar import at_last
 
@@ -75,9 +75,15 @@ class Engine:
 class PolicyEngine(Engine):
     """A causal language model: log-probabilities of given tokens."""
 
-    def logits(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] in the model's dtype for right-padded `ids` [B, T]."""
-        return self.deepspeed(**forward_inputs(self.module, ids, lengths)).logits
+    def logits(self, ids: torch.Tensor, lengths: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Logits [B, T - first, V] in the model's dtype for right-padded `ids` [B, T], of the columns from `first` on.
+
+        The output matrix is not applied to the columns before it, where the model's class can leave them out.
+        """
+        inputs = forward_inputs(self.module, ids, lengths)
+        if first and takes(type(self.module), "logits_to_keep"):
+            return self.deepspeed(**inputs, logits_to_keep=ids.shape[1] - first).logits
+        return self.deepspeed(**inputs).logits[:, first:]
 
 
 class BasePolicy:
@@ -106,10 +112,10 @@ class BasePolicy:
         self.engine.eval()
 
     @torch.no_grad()
-    def logits(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of the base for right-padded `ids` [B, T]."""
+    def logits(self, ids: torch.Tensor, lengths: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Logits [B, T - first, V] of the base for right-padded `ids` [B, T], of the columns from `first` on."""
         with adapters_off(self.layers):
-            return self.engine.logits(ids, lengths)
+            return self.engine.logits(ids, lengths, first)
 
 
 class ScalarEngine(Engine):

@@ -33,12 +33,12 @@ def forward_inputs(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -
         "attention_mask": length_mask(lengths, width).long(),
         "use_cache": False,
     }
-    if takes_positions(type(model)):
+    if takes(type(model), "position_ids"):
         arguments["position_ids"] = torch.arange(width, device=ids.device).expand(batch, width)
     return arguments
 
 
 @cache
-def takes_positions(model_class: type) -> bool:
-    """Whether the class's forward has a `position_ids` parameter."""
-    return "position_ids" in inspect.signature(model_class.forward).parameters
+def takes(model_class: type, parameter: str) -> bool:
+    """Whether the class's forward has the parameter."""
+    return parameter in inspect.signature(model_class.forward).parameters

@@ -24,9 +24,10 @@ from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import BasePolicy, PolicyEngine
 from rlhfdsl.training import invariants
-from rlhfdsl.training.context import Context, due, micro_batches
-from rlhfdsl.training.losses import preference_loss, selected_log_probs
+from rlhfdsl.training.context import Context, due
+from rlhfdsl.training.losses import preference_loss
 from rlhfdsl.training.micro import micro_parts
+from rlhfdsl.training.reading import target_statistics
 from rlhfdsl.training.reward import longer, read_tokens
 
 
@@ -138,8 +139,8 @@ def log_probs(engine: PolicyEngine | BasePolicy, pairs: Sequence[Pair], context:
     """Summed log-probability of the answers' tokens, [B, 2] for chosen and rejected."""
     batch = collate([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], context.pad_id)
     batch = batch.to(engine.device)
-    per_token = selected_log_probs(engine.logits(batch.ids, batch.lengths)[:, :-1], batch.ids[:, 1:])
-    return (per_token * batch.loss[:, 1:]).sum(1).view(2, -1).T
+    per_token, _ = target_statistics(engine, batch.ids, batch.lengths, batch.loss)
+    return per_token.sum(1).view(2, -1).T
 
 
 def lead(pair_log_probs: Tensor) -> Tensor:
@@ -170,11 +171,13 @@ def evaluate(
     engine.eval()
     settings = context.settings
     dealt, own = distributed.my_rows(len(pairs))
-    found = []
-    for rows in micro_batches(dealt, engine.micro):
-        part = [pairs[i] for i in rows]
-        found.append(settings["beta"] * (log_probs(engine, part, context) - reference("eval", rows, part)))
-    rewards = distributed.spread(torch.cat(found)[:own].double(), dealt[:own], len(pairs))
+    found = torch.zeros(len(dealt), 2, device=engine.device, dtype=torch.float64)
+    (parts,) = micro_parts([longer(pairs[i]) for i in dealt], engine.micro, settings["length"])
+    for part in parts:
+        rows = [dealt[i] for i in part]
+        some = [pairs[i] for i in rows]
+        found[part] = (log_probs(engine, some, context) - reference("eval", rows, some)).double()
+    rewards = settings["beta"] * distributed.spread(found[:own], dealt[:own], len(pairs))
     margin = lead(rewards)
     # Before the first update every margin is 0, which prefers neither: a tie counts half.
     right = (margin > 0).double() + 0.5 * (margin == 0).double()

@@ -7,14 +7,14 @@ tokens of short micro batches more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 _CHUNK = 1 << 24  # fp32 logits held at once: 64 MiB
+_LEAST = -1e4  # a log-probability whose p is 0 in fp32
 
 
 def token_mean(losses: Tensor, mask: Tensor, tokens: Tensor | float, world: int) -> Tensor:
@@ -22,37 +22,67 @@ def token_mean(losses: Tensor, mask: Tensor, tokens: Tensor | float, world: int)
     return (losses * mask).sum() / tokens * world
 
 
-def selected_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at `targets`, in fp32: [B, T, V], [B, T] -> [B, T].
+def token_statistics(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at `targets`, and the entropy of that distribution in nats: fp32 [N] each.
 
-    Works through the tokens in chunks and recomputes each in the backward pass, so that no fp32 copy of all logits
-    exists.
+    logits [M, V] in any type; targets [N]; rows [N]: the row of each target (left out: row n is that of target n).
+    Works through the tokens in chunks, forwards and backwards, so that no fp32 copy of all logits exists; what stays
+    for the backward pass is the logits themselves and two numbers for each token.
     """
-
-    def chunk(part: Tensor, wanted: Tensor) -> Tensor:
-        return -functional.cross_entropy(part.float() / temperature, wanted, reduction="none")
-
-    return _by_chunk(chunk, logits, targets)
+    return _TokenStatistics.apply(logits, targets, temperature, rows)
 
 
-def entropies(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(logits / temperature) in nats, fp32: [B, T, V] -> [B, T]. Chunked as `selected_log_probs`."""
+class _TokenStatistics(torch.autograd.Function):
+    """With p = softmax(x): d log p_t / dx = onehot(t) - p, and d H / dx = -p (log p + H)."""
 
-    def chunk(part: Tensor) -> Tensor:
-        log_probs = (part.float() / temperature).log_softmax(-1)
-        return -(log_probs.exp() * log_probs).sum(-1)
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, rows):
+        log_probs = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+        entropy, norm = torch.empty_like(log_probs), torch.empty_like(log_probs)
+        for part in _chunks(len(targets), logits.shape[-1]):
+            x = _rows(logits, rows, part, temperature)
+            norm[part] = x.logsumexp(-1)
+            log_probs[part] = x.gather(1, targets[part].unsqueeze(1)).squeeze(1) - norm[part]
+            x -= norm[part].unsqueeze(1)
+            # 0 for tokens that a mask put at -inf: in the limit p log p is 0 there.
+            entropy[part] = -(x.exp() * x.clamp(min=_LEAST)).sum(-1)
+        ctx.save_for_backward(logits, targets, rows, norm, entropy)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
 
-    return _by_chunk(chunk, logits)
+    @staticmethod
+    def backward(ctx, of_log_probs, of_entropy):
+        logits, targets, rows, norm, entropy = ctx.saved_tensors
+        gradient = torch.empty_like(logits) if rows is None else torch.zeros_like(logits)
+        for part in _chunks(len(targets), logits.shape[-1]):
+            x = _rows(logits, rows, part, ctx.temperature) - norm[part].unsqueeze(1)
+            p = x.exp()
+            d = torch.zeros_like(p)
+            if of_log_probs is not None:
+                d = p * -of_log_probs[part].unsqueeze(1)
+                d.scatter_add_(1, targets[part].unsqueeze(1), of_log_probs[part].unsqueeze(1))
+            if of_entropy is not None:
+                d -= of_entropy[part].unsqueeze(1) * p * (x.clamp(min=_LEAST) + entropy[part].unsqueeze(1))
+            d = (d / ctx.temperature).to(logits.dtype)
+            if rows is None:
+                gradient[part] = d
+            else:
+                gradient.index_copy_(0, rows[part], d)
+        return gradient, None, None, None
 
 
-def _by_chunk(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
-    size = max(1, _CHUNK // logits.shape[-1])
-    parts = zip(logits.flatten(0, 1).split(size), *(other.flatten().split(size) for other in others), strict=True)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        done = [checkpoint(function, *part, use_reentrant=False) for part in parts]
-    else:
-        done = [function(*part) for part in parts]
-    return torch.cat(done).view(logits.shape[:2])
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, _CHUNK // vocabulary)
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+def _rows(logits: Tensor, rows: Tensor | None, part: slice, temperature: float) -> Tensor:
+    """A chunk of logits / temperature, fp32, in memory of its own."""
+    chosen = logits[part] if rows is None else logits.index_select(0, rows[part])
+    return chosen.float() / temperature
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -17,14 +17,17 @@ def by_length(lengths: Sequence[int], micro: int, longest: int) -> list[list[int
     """Row numbers in micro batches, the longest rows first.
 
     micro: rows of `longest` tokens that the device has room for; a micro batch of shorter rows holds more of them, up
-    to as many tokens, padding counted.
+    to as many tokens, padding counted. One that is half full takes no row that would be a fifth of padding.
     """
+    room = micro * longest
     parts: list[list[int]] = []
+    width = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= micro * longest:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
+        full = not parts or (len(parts[-1]) + 1) * width > room
+        if full or (lengths[row] < 0.8 * width and len(parts[-1]) * width >= 0.5 * room):
+            parts.append([])
+            width = lengths[row]
+        parts[-1].append(row)
     return parts
 
 

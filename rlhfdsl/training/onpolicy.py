@@ -109,7 +109,7 @@ class OnPolicy(ABC):
         metrics = policy_gradients(engine, experience, parts, self.settings, self.kl_coefficient)
         if pretraining:
             weight = self.settings["ptx"]["weight"]
-            metrics["ptx_loss"] = pretraining_gradients(engine, pretraining, weight, self.pad_id)
+            metrics["ptx_loss"] = pretraining_gradients(engine, pretraining, weight, self.pad_id, self.longest)
         return metrics
 
     # -- sampling and scoring --------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class OnPolicy(ABC):
         return kl_estimate(scored.log_probs, scored.ref_log_probs, kl["estimator"])
 
     def _log_probs(self, engine: PolicyEngine | BasePolicy, part: Any) -> Tensor:
-        return rollouts.answer_log_probs(engine, part, self.temperature)[0]
+        return rollouts.answer_statistics(engine, part, self.temperature)[0]
 
     def rollout_metrics(self, experience: Experience) -> dict[str, float]:
         """Means over the answers (or their tokens) of all ranks."""

@@ -18,10 +18,10 @@ from rlhfdsl.data.edge import Example
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.distributed import all_sum
 from rlhfdsl.engines.engine import PolicyEngine
-from rlhfdsl.training.context import micro_batches
-from rlhfdsl.training.experience import Experience, at_answers
-from rlhfdsl.training.losses import entropies, kl_estimate, policy_loss, token_mean
-from rlhfdsl.training.rollouts import answer_log_probs
+from rlhfdsl.training.experience import Experience
+from rlhfdsl.training.losses import kl_estimate, policy_loss, token_mean
+from rlhfdsl.training.micro import micro_parts
+from rlhfdsl.training.rollouts import answer_statistics
 from rlhfdsl.training.sft import supervised_tokens, token_loss
 
 
@@ -44,15 +44,13 @@ def policy_gradients(
     for rows in parts:
         part = experience.take(rows)
         mask = part.mask
-        log_probs, logits = answer_log_probs(engine, part, temperature)
+        log_probs, entropy = answer_statistics(engine, part, temperature)
         losses, clipped = policy_loss(
             log_probs, part.log_probs, part.advantages, update["clip"], update["dual_clip"], update["clip_high"]
         )
         surrogate = losses.detach()
         if kl["apply"] == "loss":
             losses = losses + kl_coefficient * kl_estimate(log_probs, part.ref_log_probs, kl["estimator"])
-        with torch.set_grad_enabled(update["entropy"] != 0):
-            entropy = at_answers(entropies(logits, temperature), part.prompt_lengths, mask)
         if update["entropy"]:
             losses = losses - update["entropy"] * entropy
         engine.backward(token_mean(losses, mask, tokens, distributed.world()))
@@ -72,12 +70,18 @@ def policy_gradients(
     }
 
 
-def pretraining_gradients(engine: PolicyEngine, rows: Sequence[Example], weight: float, pad_id: int) -> float:
-    """Add weight x the token-mean loss of pretraining rows to the gradients; returns that loss."""
+def pretraining_gradients(
+    engine: PolicyEngine, rows: Sequence[Example], weight: float, pad_id: int, longest: int
+) -> float:
+    """Add weight x the token-mean loss of pretraining rows to the gradients; returns that loss.
+
+    longest: tokens of a row at which the engine's micro batch was sized.
+    """
     tokens = supervised_tokens(rows, engine.device)
     total = torch.zeros((), device=engine.device)
-    for part in micro_batches(rows, engine.micro):
-        loss = token_loss(engine, collate(part, pad_id).to(engine.device), tokens)
+    (parts,) = micro_parts([len(row.ids) for row in rows], engine.micro, longest)
+    for part in parts:
+        loss = token_loss(engine, collate([rows[i] for i in part], pad_id).to(engine.device), tokens)
         engine.backward(weight * loss)
         total += loss.detach()
     return all_sum(total).item() / distributed.world()

@@ -17,8 +17,9 @@ from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import ScalarEngine
-from rlhfdsl.training.context import Context, due, micro_batches
+from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import pair_loss
+from rlhfdsl.training.micro import micro_parts
 
 
 def run(context: Context) -> dict[str, float]:
@@ -37,8 +38,9 @@ def run(context: Context) -> dict[str, float]:
         mine = [train[i] for i in chosen[rank::world]]
         engine.train()
         sums = torch.zeros(3, device=engine.device)
-        for pairs in micro_batches(mine, engine.micro):
-            better, worse = score_pairs(engine, pairs, context)
+        (parts,) = micro_parts([longer(pair) for pair in mine], engine.micro, settings["length"])
+        for rows in parts:
+            better, worse = score_pairs(engine, [mine[i] for i in rows], context)
             losses = pair_loss(better, worse)
             engine.backward(losses.sum() / batch * world)
             margin = (better - worse).detach()
@@ -92,10 +94,11 @@ def evaluate(engine: ScalarEngine, pairs: Sequence[Pair], context: Context) -> d
     """Accuracy and mean margin on held-out pairs; mean and deviation of all their rewards."""
     engine.eval()
     dealt, own = distributed.my_rows(len(pairs))
-    scores = []
-    for numbers in micro_batches(dealt, engine.micro):
-        scores.append(torch.stack(score_pairs(engine, [pairs[i] for i in numbers], context), 1))
-    whole = distributed.spread(torch.cat(scores)[:own].double(), dealt[:own], len(pairs))
+    scores = torch.zeros(len(dealt), 2, device=engine.device, dtype=torch.float64)
+    (parts,) = micro_parts([longer(pairs[i]) for i in dealt], engine.micro, context.settings["length"])
+    for part in parts:
+        scores[part] = torch.stack(score_pairs(engine, [pairs[dealt[i]] for i in part], context), 1).double()
+    whole = distributed.spread(scores[:own], dealt[:own], len(pairs))
     margin = whole[:, 0] - whole[:, 1]
     return {
         "eval_accuracy": (margin > 0).double().mean().item(),

@@ -12,8 +12,9 @@ from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_padded
 from rlhfdsl.engines.rollout.sampling import row_seeds
+from rlhfdsl.models.inputs import length_mask
 from rlhfdsl.training.experience import Answers, at_answers
-from rlhfdsl.training.losses import selected_log_probs
+from rlhfdsl.training.reading import target_statistics
 
 
 def sample(
@@ -35,11 +36,12 @@ def sample(
     return actor.generate(request, sampling)
 
 
-def answer_log_probs(engine: PolicyEngine | BasePolicy, part: Answers, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log p [b, A] of the answers' tokens given those before them, 0 outside the mask; the logits behind it)."""
-    logits = engine.logits(part.ids, part.lengths)[:, :-1]
-    log_probs = selected_log_probs(logits, part.ids[:, 1:], temperature)
-    return at_answers(log_probs, part.prompt_lengths, part.mask), logits
+def answer_statistics(engine: PolicyEngine | BasePolicy, part: Answers, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log p of the answers' tokens given those before them, and the entropy of each: [b, A], 0 outside the mask."""
+    width = part.ids.shape[1]
+    targets = length_mask(part.lengths, width) & ~length_mask(part.prompt_lengths, width)
+    log_probs, entropies = target_statistics(engine, part.ids, part.lengths, targets, temperature)
+    return tuple(at_answers(x[:, 1:], part.prompt_lengths, part.mask) for x in (log_probs, entropies))
 
 
 def answer_values(engine: ScalarEngine, part: Answers) -> Tensor:

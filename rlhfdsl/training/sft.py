@@ -17,8 +17,10 @@ from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import PolicyEngine
-from rlhfdsl.training.context import Context, due, micro_batches
-from rlhfdsl.training.losses import selected_log_probs, token_mean
+from rlhfdsl.training.context import Context, due
+from rlhfdsl.training.losses import token_mean
+from rlhfdsl.training.micro import micro_parts
+from rlhfdsl.training.reading import target_statistics
 
 
 def run(context: Context) -> dict[str, float]:
@@ -40,8 +42,9 @@ def run(context: Context) -> dict[str, float]:
         tokens = supervised_tokens(mine, engine.device)
         engine.train()
         loss = torch.zeros((), device=engine.device)
-        for rows in micro_batches(mine, engine.micro):
-            part = token_loss(engine, collate(rows, context.pad_id).to(engine.device), tokens)
+        (parts,) = micro_parts([len(row.ids) for row in mine], engine.micro, settings["length"])
+        for rows in parts:
+            part = token_loss(engine, collate([mine[i] for i in rows], context.pad_id).to(engine.device), tokens)
             engine.backward(part)
             loss += part.detach()
         step = engine.step()
@@ -64,8 +67,8 @@ def run(context: Context) -> dict[str, float]:
 
 def token_loss(engine: PolicyEngine, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
     """This micro batch's part of the global token-mean loss, ready for `backward`."""
-    log_probs = selected_log_probs(engine.logits(batch.ids, batch.lengths)[:, :-1], batch.ids[:, 1:])
-    return token_mean(-log_probs, batch.loss[:, 1:], tokens, distributed.world())
+    log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, batch.loss)
+    return token_mean(-log_probs, batch.loss, tokens, distributed.world())
 
 
 def supervised_tokens(rows: Sequence[Example], device: torch.device) -> torch.Tensor:
@@ -84,12 +87,11 @@ def evaluate(engine: PolicyEngine, rows: Sequence[Example], context: Context) ->
     engine.eval()
     dealt, own = distributed.my_rows(len(rows))
     total = torch.zeros(2, device=engine.device, dtype=torch.float64)
-    for start in range(0, len(dealt), engine.micro):
-        numbers = dealt[start : start + engine.micro]
-        batch = collate([rows[i] for i in numbers], context.pad_id).to(engine.device)
-        log_probs = selected_log_probs(engine.logits(batch.ids, batch.lengths)[:, :-1], batch.ids[:, 1:])
-        counted = batch.loss[:, 1:].clone()
-        counted[max(0, own - start) :] = False
+    (parts,) = micro_parts([len(rows[i].ids) for i in dealt], engine.micro, context.settings["length"])
+    for part in parts:
+        batch = collate([rows[dealt[i]] for i in part], context.pad_id).to(engine.device)
+        log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, batch.loss)
+        counted = batch.loss & (part < own).to(engine.device).unsqueeze(1)
         total += torch.stack([(-log_probs * counted).sum(), counted.sum()]).double()
     loss, tokens = distributed.all_sum(total).tolist()
     mean = loss / max(tokens, 1.0)

@@ -7,45 +7,63 @@ import torch
 
 from rlhfdsl.training import losses
 from rlhfdsl.training.losses import (
-    entropies,
     kl_estimate,
     pair_loss,
     policy_loss,
     preference_loss,
-    selected_log_probs,
     token_mean,
+    token_statistics,
     value_loss,
 )
 
 
 def test_log_probs_of_a_two_word_vocabulary():
     # softmax([0, ln 3]) = [1/4, 3/4]; at temperature 2 it is [1, sqrt 3] / (1 + sqrt 3).
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]])
-    targets = torch.tensor([[0, 1]])
-    assert selected_log_probs(logits, targets)[0].exp().tolist() == pytest.approx([0.25, 0.75])
-    warm = selected_log_probs(logits, targets, temperature=2.0)[0].exp().tolist()
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    targets = torch.tensor([0, 1])
+    assert token_statistics(logits, targets)[0].exp().tolist() == pytest.approx([0.25, 0.75])
+    warm = token_statistics(logits, targets, temperature=2.0)[0].exp().tolist()
     assert warm == pytest.approx([1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3))])
 
 
-def test_log_probs_chunked_equal_whole_with_gradients(monkeypatch):
-    torch.manual_seed(0)
-    logits = torch.randn(3, 7, 11, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(11, (3, 7))
-    weights = torch.randn(3, 7, dtype=torch.float64)
-    reference = torch.zeros(3, 7, dtype=torch.float64)
-    probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
-    reference = probabilities.gather(2, targets.unsqueeze(2)).squeeze(2).log()
-    (gradient,) = torch.autograd.grad((reference * weights).sum(), logits)
-    monkeypatch.setattr(losses, "_CHUNK", 11 * 4)  # four tokens a chunk; 21 tokens leave a short last one
-    found = selected_log_probs(logits, targets)
-    (found_gradient,) = torch.autograd.grad((found * weights).sum(), logits)
-    torch.testing.assert_close(found.double(), reference, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(found_gradient, gradient, atol=1e-6, rtol=1e-5)
-
-
 def test_entropy_of_known_distributions():
-    logits = torch.tensor([[[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]]])
-    assert entropies(logits)[0].tolist() == pytest.approx([math.log(4), 0.0], abs=1e-6)
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0], [0.0, 0.0, -math.inf, -math.inf]])
+    found = token_statistics(logits, torch.zeros(3, dtype=torch.long))[1]
+    assert found.tolist() == pytest.approx([math.log(4), 0.0, math.log(2)], abs=1e-6)
+
+
+@pytest.mark.parametrize("which", [(1.0, 0.0), (0.0, 1.0), (0.7, -0.3)])
+@pytest.mark.parametrize("rows", [None, [4, 0, 6, 20, 11]])
+def test_token_statistics_chunked_equal_the_plain_formula_with_gradients(monkeypatch, which, rows):
+    torch.manual_seed(0)
+    logits = torch.randn(21, 11, dtype=torch.float64, requires_grad=True)
+    rows = None if rows is None else torch.tensor(rows)
+    chosen = logits if rows is None else logits[rows]
+    targets = torch.randint(11, (len(chosen),))
+    weights = torch.randn(2, len(chosen), dtype=torch.float64)
+    p = (chosen / 0.8).exp() / (chosen / 0.8).exp().sum(-1, keepdim=True)
+    slow = p.gather(1, targets.unsqueeze(1)).squeeze(1).log(), -(p * p.log()).sum(-1)
+    mixed = sum(c * (w * x).sum() for c, w, x in zip(which, weights, slow, strict=True))
+    (expected,) = torch.autograd.grad(mixed, logits)
+    monkeypatch.setattr(losses, "_CHUNK", 11 * 4)  # four tokens a chunk; the last one is shorter
+    fast = token_statistics(logits, targets, 0.8, rows)
+    for found, wanted in zip(fast, slow, strict=True):
+        torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-6)
+    mixed = sum(c * (w * x).sum() for c, w, x in zip(which, weights, fast, strict=True) if c)
+    (gradient,) = torch.autograd.grad(mixed, logits)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_logits_are_read_in_fp32():
+    torch.manual_seed(1)
+    logits = torch.randn(6, 1000).bfloat16().requires_grad_()
+    targets = torch.randint(1000, (6,))
+    found, entropy = token_statistics(logits, targets)
+    wanted = logits.detach().double().log_softmax(-1)
+    torch.testing.assert_close(found.double(), wanted.gather(1, targets.unsqueeze(1)).squeeze(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), -(wanted.exp() * wanted).sum(-1), atol=1e-5, rtol=0)
+    found.sum().backward()
+    assert logits.grad.dtype == torch.bfloat16
 
 
 def test_token_mean_over_unequal_micro_batches_is_the_global_mean():
