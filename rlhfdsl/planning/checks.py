@@ -89,6 +89,16 @@ def engine(problems: Problems, where: Target, model: Model, part: Part) -> None:
             "E0711", f"ZeRO 0 cannot sum the gradients of {dtype} weights in fp32", f"{block.address}.zero",
             also=user, help="zero = 1, which on one GPU is the same with fp32 sums",
         )  # fmt: skip
+    if block["nvme"] is not None and offload == "off":
+        problems.report(
+            "E0711", "`nvme` has no effect: nothing is offloaded", f"{block.address}.nvme", help="offload = optimizer"
+        )
+    elif block["nvme"] is not None and zero not in ("auto", 3):
+        problems.report(
+            "E0711", f"offload to NVMe needs ZeRO 3, and zero is {zero}", f"{block.address}.nvme",
+            also=[(f"{block.address}.zero", f"stage {zero}")], help="zero = 3",
+        )  # fmt: skip
+        return
     if offload == "off":
         return
     if where.device == "cpu":

@@ -95,4 +95,5 @@ def _missing(needs: str, placed: Placement) -> tuple[str, str] | None:
     if kind == "offload_param":
         fits = offload in ("params", "both")
         return None if fits else ("the parameters stay on the GPU", "write `offload = params`")
-    return "nothing of the engine is on NVMe", "keep to host memory, for which DeepSpeed has no such key"
+    write = "write `nvme` beside `offload` in a `parallel` block"
+    return None if placed.need.nvme is not None else ("nothing of the engine is on NVMe", write)

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from rlhfdsl.planning import generation, memory
+from rlhfdsl.planning import generation, memory, nvme
 from rlhfdsl.planning.batches import divisors, largest_divisor
 from rlhfdsl.planning.catalog import largest_layer
 from rlhfdsl.planning.hardware import Target
@@ -128,6 +128,8 @@ def _stage(need: Need, target: Target, train: int, infer: int, actor: int | None
         return need.zero, "as written"
     if need.offload in ("params", "both"):
         return 3, "derived: 3, which offload of the parameters needs"
+    if need.nvme is not None and need.trains:
+        return 3, "derived: 3, which offload to NVMe needs"
     if not need.trains:
         if actor == 3:
             return 3, "derived: 3, as the actor"
@@ -146,9 +148,16 @@ def _states(need: Need, zero: int, target: Target) -> memory.States | None:
         return None
     if need.shares is not None:
         return memory.States(need.count, 0, 0, 0, 0)
-    return memory.states(
-        need.count, largest_layer(need.shape), dtype=need.dtype, zero=zero, offload=need.offload or "off",
-        trains=need.trains, gpus=target.gpus, nodes=target.nodes, trained=need.trained,
+    largest, offload = largest_layer(need.shape), need.offload or "off"
+    found = memory.states(
+        need.count, largest, dtype=need.dtype, zero=zero, offload=offload, trains=need.trains, gpus=target.gpus,
+        nodes=target.nodes, trained=need.trained,
+    )  # fmt: skip
+    if need.nvme is None or offload == "off":
+        return found
+    return nvme.moved(
+        found, dtype=need.dtype, offload=offload, learns=need.learns or 0, largest=largest, gpus=target.gpus,
+        nodes=target.nodes,
     )  # fmt: skip
 
 

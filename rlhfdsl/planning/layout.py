@@ -40,6 +40,7 @@ class Need:
     trained: int | None = None  # of `count`, what trains; None: all of an engine that does
     lora: Lora | None = None  # its adapters
     shares: str | None = None  # the engine whose frozen base this one is, without weights of its own
+    nvme: str | None = None  # folder on a drive of each node, where what is offloaded lives
 
     @property
     def learns(self) -> int | None:

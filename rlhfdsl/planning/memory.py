@@ -25,7 +25,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Bytes of one engine's model states on each device, and on the host for each node."""
+    """Bytes of one engine's model states on each device, and on the host (and the drive) of each node."""
 
     parameters: int
     weights: int
@@ -34,6 +34,7 @@ class States:
     host: int
 
     lasting_gradients: bool = False  # ZeRO 3 keeps their shard from step to step
+    disk: int = 0  # of the NVMe drive of each node
 
     @property
     def total(self) -> int:

@@ -9,9 +9,21 @@ from functools import partial
 from typing import Any
 
 from rlhfdsl.language.recipe import Block, Recipe, Reference
-from rlhfdsl.planning import adapters, advice, capabilities, checks, course, deepspeed_config, entries, escape, timing
+from rlhfdsl.planning import (
+    adapters,
+    advice,
+    capabilities,
+    checks,
+    course,
+    deepspeed_config,
+    entries,
+    escape,
+    nvme,
+    timing,
+)
 from rlhfdsl.planning.adapters import Lora
 from rlhfdsl.planning.batches import warmup_updates
+from rlhfdsl.planning.catalog import largest_layer
 from rlhfdsl.planning.entries import Model, Wanted
 from rlhfdsl.planning.fit import fit, token_limit
 from rlhfdsl.planning.hardware import Target
@@ -142,6 +154,7 @@ def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -
         model.entry["attention"] == "eager", part.trains, part.per_rank, part.sequences, part.length, zero,
         offload, checkpointing, micro, ema, ours.get("reduce_bucket_size"),
         ours.get("stage3_max_live_parameters", deepspeed_config.LIVE), trained, lora, part.shares,
+        None if parallel is None or offload == "off" else parallel["nvme"],
     )  # fmt: skip
 
 
@@ -149,7 +162,7 @@ def engine(
     scope: Scope, part: Part, placed: Placement, model: Model, accumulation: int, updates: int | None
 ) -> Json:
     """One engine of the plan."""
-    group, target = part.group, scope.target
+    group = part.group
     schedule = optimizer = None
     if part.trains and group is not None:
         warmup = group["warmup"]
@@ -168,16 +181,27 @@ def engine(
         "lora": None if lora is None else lora.entry, "shares": part.shares,
         "dropout": group["dropout"] if part.trains and group is not None else 0.0,
         "gradient_checkpointing": placed.checkpointing, "zero": placed.zero, "offload": placed.offload,
+        "nvme": placed.need.nvme,
         "micro": placed.micro, "accumulation": accumulation,
         "ema": group["ema"] if part.name == "actor" and group is not None else None, "schedule": schedule,
         "rollout": None,
-        "deepspeed": None if part.shares is not None else escape.merge(deepspeed_config.config(
-            dtype=model.dtype, zero=placed.zero, offload=placed.offload, device=target.device,
-            world=target.world, micro=placed.micro, accumulation=accumulation, parameters=placed.need.count,
-            trains=part.trains, learns=placed.need.trained, optimizer=optimizer,
-            grad_clip=group["grad_clip"] if part.trains and group is not None else 0.0,
-        ), escape.passed_on(group)),
+        "deepspeed": None if part.shares is not None else _config(scope, part, placed, accumulation, optimizer),
     }  # fmt: skip
+
+
+def _config(scope: Scope, part: Part, placed: Placement, accumulation: int, optimizer: Json | None) -> Json:
+    """The DeepSpeed configuration of an engine, with what its recipe passes on."""
+    group, need, target = part.group, placed.need, scope.target
+    config = deepspeed_config.config(
+        dtype=need.dtype, zero=placed.zero, offload=placed.offload, device=target.device,
+        world=target.world, micro=placed.micro, accumulation=accumulation, parameters=need.count,
+        trains=part.trains, learns=need.trained, optimizer=optimizer,
+        grad_clip=group["grad_clip"] if part.trains and group is not None else 0.0,
+    )  # fmt: skip
+    if need.nvme is not None:
+        largest = None if need.shape is None else largest_layer(need.shape)
+        config = nvme.config(config, need.nvme, largest, target.world)
+    return escape.merge(config, escape.passed_on(group))
 
 
 def sampler(model: Model, placed: Fit, target: Target, rollout: Block) -> Json:
@@ -205,7 +229,7 @@ def memory_of(scope: Scope, placed: Fit) -> Json:
             "weights": s.weights if s else None, "gradients": s.gradients if s else None,
             "optimizer": s.optimizer if s else None, "average": p.average if s else None,
             "total": s.total + p.average if s else None, "lasting": s.lasting + p.average if s else None,
-            "host": s.host if s else None, "working": p.working,
+            "host": s.host if s else None, "disk": s.disk if s else None, "working": p.working,
         }  # fmt: skip
     hosts = [p.states.host if p.states else None for p in placed.engines]
     return {

@@ -152,6 +152,8 @@ def _engines(stage: Json) -> list[str]:
             rows.append([f"       {phase}", *("-" if size is None else figures.gib(size) for size in sets)])
     if any(memory[name]["host"] for name in engines):
         rows.append(["       on the host", *(figures.gib(memory[name]["host"]) for name in engines)])
+    if any(memory[name]["disk"] for name in engines):
+        rows.append(["       on NVMe", *(figures.gib(memory[name]["disk"]) for name in engines)])
     return figures.table(rows)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlhfdsl.planning import memory
+from rlhfdsl.planning import memory, nvme
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Placement
@@ -146,6 +146,9 @@ class _Clock:
             if self.placed.offload in ("params", "both"):
                 shard = self.width * self.count / self.target.world
                 out += (2 if train else 1) * shard / self.rates.host
+                if self.placed.need.nvme is not None:
+                    read = nvme.pass_seconds(self.count, self.placed.need.dtype, self.target.nodes)
+                    out += (2 if train else 1) * read
         if train and self.placed.zero >= 2:
             out += self.across(self.width * self.learns)
         return out
@@ -164,6 +167,8 @@ class _Clock:
         if self.placed.offload in ("optimizer", "both"):
             moved = (4 + self.width) * self.learns / world / self.rates.host
             step = moved + UPDATE_BYTES * self.learns / self.target.nodes / HOST_MEMORY
+            if self.placed.need.nvme is not None:
+                step += nvme.step_seconds(self.learns, self.target.nodes)
         if zero == 0:
             step += self.across(2 * size)
         elif zero == 1:
