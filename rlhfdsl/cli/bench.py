@@ -1,5 +1,5 @@
 """`rlhf bench`: measure this machine into a profile that `rlhf plan --gpu PROFILE.json` plans with; `rlhf bench truth`
-sets predictions beside measurements (truth.py)."""
+sets predictions beside measurements (truth.py), `rlhf bench rollout` times sampling (rollout.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhfdsl.cli import truth
+from rlhfdsl.cli import rollout, truth
 from rlhfdsl.cli.common import OK, fail, say
 from rlhfdsl.planning import hardware
 from rlhfdsl.planning.rates import KIND
@@ -26,25 +26,29 @@ LAYERS = 6
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    about = "machine (default): its rates; truth: what plans predict beside what is measured"
-    parser.add_argument("what", nargs="?", choices=("machine", "truth"), default="machine", help=about)
+    about = "machine (default): its rates; truth: what plans predict beside what is measured; ppo: that of whole "
+    about += "iterations; rollout: sampling's speed"
+    parser.add_argument("what", nargs="?", choices=("machine", "truth", "ppo", "rollout"), default="machine", help=about)
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write the profile (.json) or table (.md)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--ranks", type=int, metavar="N", help="measure an all-reduce over N processes (default: GPUs)")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     truth.configure(parser)
+    rollout.configure(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.what == "truth":
+    if args.what in ("truth", "ppo"):
         return truth.run(args)
-    if args.output is not None and not hardware.is_profile(args.output.name):
+    if args.what != "rollout" and args.output is not None and not hardware.is_profile(args.output.name):
         fail(f"-o takes a name that ends in .json; `{args.output}` does not")
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         fail("this machine has no GPU that torch sees; try --device cpu")
+    if args.what == "rollout":
+        return rollout.run(args, device, _copy(device, (1024 if device == "cuda" else 128) << 20))
     ranks = args.ranks or (torch.cuda.device_count() if device == "cuda" else 1)
     if ranks < 1 or (device == "cuda" and ranks > torch.cuda.device_count()):
         fail(f"--ranks {ranks}: this machine has {torch.cuda.device_count()} GPUs")

@@ -29,7 +29,7 @@ _WORDS = ("sun", "moon", "river", "stone", "green", "field", "seven", "never", "
 _SHAPES = {
     "125m": "facebook/opt-125m", "0.5b": "Qwen/Qwen2.5-0.5B", "1b": "meta-llama/Llama-3.2-1B",
     "1.3b": "facebook/opt-1.3b", "1.5b": "Qwen/Qwen2.5-1.5B", "2.7b": "facebook/opt-2.7b",
-    "3b": "meta-llama/Llama-3.2-3B", "6.7b": "facebook/opt-6.7b", "7b": "Qwen/Qwen2.5-7B",
+    "3b": "meta-llama/Llama-3.2-3B", "6.7b": "facebook/opt-6.7b", "7b": "Qwen/Qwen2.5-7B", "30b": "facebook/opt-30b", "350m": "facebook/opt-350m",
     "8b": "meta-llama/Llama-3.1-8B", "13b": "facebook/opt-13b",
 }  # fmt: skip
 
@@ -53,6 +53,7 @@ class Case:
     @property
     def name(self) -> str:
         words = [self.stage, self.model + (f"+{self.other}" if self.other else ""), f"zero{self.zero}"]
+        words += [f"batch{self.batch}"] if self.stage == "ppo" and self.batch != 32 else []
         words += [f"offload-{self.offload}"] if self.offload != "off" else []
         words += ["ckpt"] if self.checkpointing else []
         words += [f"lora{self.lora}"] if self.lora else []
@@ -87,6 +88,15 @@ GRID = (
     replace(_PPO, model="1.3b", other="1.3b", checkpointing=True),
     replace(_PPO, model="6.7b", lora=16, checkpointing=True, micro=4),
 )  # fmt: skip
+# One iteration of 256 + 256 tokens with a critic and a reward model of 350M: DeepSpeed-Chat's own sizes, and the largest
+# actors of one 80 GB GPU.
+PPO = (
+    replace(_PPO, model="1.3b", other="350m", batch=128, micro=16),
+    replace(_PPO, model="1.3b", other="350m", batch=16, micro=16),
+    replace(_PPO, model="1b", other="350m", batch=128, micro=16),
+    replace(_PPO, model="13b", other="350m", lora=16, checkpointing=True, batch=32, micro=4),
+    replace(_PPO, model="30b", other="350m", lora=16, checkpointing=True, batch=8, micro=2),
+)
 TINY = (
     Case("sft", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
     Case("reward", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
@@ -107,7 +117,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure the grid and print the table; `-o FILE` has it after each row, with FILE's .json beside it."""
     device = args.device or hardware.detect().device
-    cases = [case for case in (TINY if device == "cpu" else GRID) if not args.only or _named(case, args.only)]
+    grid = PPO if args.what == "ppo" else (*GRID, *PPO)
+    if device == "cpu":
+        grid = TINY[2:] if args.what == "ppo" else TINY
+    cases = [case for case in grid if not args.only or _named(case, args.only)]
     if not cases:
         fail("no configuration has such a name; `rlhf bench truth --list` names them")
     if args.list:
