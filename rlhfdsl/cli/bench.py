@@ -28,7 +28,8 @@ LAYERS = 6
 def configure(parser: argparse.ArgumentParser) -> None:
     about = "machine (default): its rates; truth: what plans predict beside what is measured; ppo: that of whole "
     about += "iterations; rollout: sampling's speed"
-    parser.add_argument("what", nargs="?", choices=("machine", "truth", "ppo", "rollout"), default="machine", help=about)
+    whats = ("machine", "truth", "ppo", "rollout")
+    parser.add_argument("what", nargs="?", choices=whats, default="machine", help=about)
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write the profile (.json) or table (.md)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--ranks", type=int, metavar="N", help="measure an all-reduce over N processes (default: GPUs)")

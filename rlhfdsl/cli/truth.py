@@ -29,7 +29,8 @@ _WORDS = ("sun", "moon", "river", "stone", "green", "field", "seven", "never", "
 _SHAPES = {
     "125m": "facebook/opt-125m", "0.5b": "Qwen/Qwen2.5-0.5B", "1b": "meta-llama/Llama-3.2-1B",
     "1.3b": "facebook/opt-1.3b", "1.5b": "Qwen/Qwen2.5-1.5B", "2.7b": "facebook/opt-2.7b",
-    "3b": "meta-llama/Llama-3.2-3B", "6.7b": "facebook/opt-6.7b", "7b": "Qwen/Qwen2.5-7B", "30b": "facebook/opt-30b", "350m": "facebook/opt-350m",
+    "3b": "meta-llama/Llama-3.2-3B", "6.7b": "facebook/opt-6.7b", "7b": "Qwen/Qwen2.5-7B",
+    "30b": "facebook/opt-30b", "350m": "facebook/opt-350m",
     "8b": "meta-llama/Llama-3.1-8B", "13b": "facebook/opt-13b",
 }  # fmt: skip
 
@@ -88,8 +89,8 @@ GRID = (
     replace(_PPO, model="1.3b", other="1.3b", checkpointing=True),
     replace(_PPO, model="6.7b", lora=16, checkpointing=True, micro=4),
 )  # fmt: skip
-# One iteration of 256 + 256 tokens with a critic and a reward model of 350M: DeepSpeed-Chat's own sizes, and the largest
-# actors of one 80 GB GPU.
+# One iteration of 256 + 256 tokens with a critic and a reward model of 350M: the sizes of DeepSpeed-Chat's first row,
+# and the largest actors of one 80 GB GPU.
 PPO = (
     replace(_PPO, model="1.3b", other="350m", batch=128, micro=16),
     replace(_PPO, model="1.3b", other="350m", batch=16, micro=16),

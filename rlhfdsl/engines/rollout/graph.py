@@ -26,7 +26,7 @@ from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Samplin
 from rlhfdsl.engines.rollout.sampling import gumbel
 from rlhfdsl.engines.rollout.weights import WholeWeights
 from rlhfdsl.language.diagnostics import first_line
-from rlhfdsl.models.inputs import length_mask, takes_positions
+from rlhfdsl.models.inputs import length_mask, takes
 
 CHECK_EVERY = 8  # steps between two looks at which slots are idle; on CUDA a look waits for the device
 REFILL = 8  # idle slots wait until they are an eighth of all, since a prefill costs a few decode steps however small
@@ -230,7 +230,7 @@ class GraphSampler(Sampler):
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         """Logits [B, 1, V] of the last column; without `lengths` the ids are prompts."""
-        arguments = {"position_ids": positions} if takes_positions(type(self.model)) else {}
+        arguments = {"position_ids": positions} if takes(type(self.model), "position_ids") else {}
         return self.model(
             input_ids=ids, attention_mask=lengths, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
             **arguments,
