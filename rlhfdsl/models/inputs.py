@@ -33,9 +33,14 @@ def forward_inputs(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -
         "attention_mask": length_mask(lengths, width).long(),
         "use_cache": False,
     }
-    if takes(type(model), "position_ids"):
+    if takes_positions(type(model)):
         arguments["position_ids"] = torch.arange(width, device=ids.device).expand(batch, width)
     return arguments
+
+
+def takes_positions(model_class: type) -> bool:
+    """Whether the class's forward has a `position_ids` parameter."""
+    return takes(model_class, "position_ids")
 
 
 @cache
