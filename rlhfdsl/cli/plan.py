@@ -11,6 +11,7 @@ from rlhfdsl.cli import several
 from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
 from rlhfdsl.cli.planned import Planned, add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.language import UserError, as_json
+from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.language.terminal import visible
 
 HELP = "what a run would do: stages, updates, memory, data and files"
@@ -32,6 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--largest", metavar="FAMILY", help="which models of a family fit in the actor's place: actor, opt, llama-3 …"
+    )
+    parser.add_argument(
+        "--show", metavar="PART", help="one part as JSON: ds_config.actor, stage.ppo.memory, stage.sft.batch, time …"
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     parser.add_argument(
@@ -62,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     text = to_json(planned.plan)
     if args.output is not None and not _save(args, planned, text):
         return ERROR
+    if args.show is not None:
+        return _show(planned.plan, args.show)
     if args.format == "json":
         sys.stdout.write(text)
     else:
@@ -72,6 +78,19 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write(visible("\n" + layout(planned.plan)))
         if args.output is not None:
             print(f"Saved; run exactly this with: rlhf run {args.output}{_base(args)}")
+    return OK
+
+
+def _show(plan: dict[str, object], path: str) -> int:
+    """One part of the plan as JSON."""
+    from rlhfdsl.planning.parts import part
+
+    try:
+        print(json.dumps(part(plan, path), indent=2, ensure_ascii=False))
+    except KeyError as error:
+        near = nearest(path, error.args[0])
+        help = f"did you mean {listed(near)}?" if near else f"there is {listed(error.args[0]) or 'nothing below'}"
+        fail(f"the plan has no `{path}`; {help}")
     return OK
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 from command import rlhf
 
+from rlhfdsl.cli.main import main
 from rlhfdsl.planning.validate import validate_plan
 
 RECIPE = """recipe "r" { seed = 3 }
@@ -145,3 +146,16 @@ def test_a_model_in_a_directory_needs_no_lock(capsys, recipe, tmp_path):
     # 2 x 300 x 64 embeddings (untied), 2 layers of 4096 x 2 + 2048 x 2 + 3 x 10240 + 128 + 128 norms and biases, a norm
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160 + 64 + 2 * 32 + 2 * 64
     assert plan["stages"][0]["memory"]["engines"]["policy"]["parameters"] == 2 * 300 * 64 + 2 * layer + 64
+
+
+def test_one_part(capsys):
+    base = ["plan", "recipes/deepspeed-chat.rlhf", "--no-lock", "--gpu", "a100-80g", "--gpus", "2"]
+    shown = {}
+    for path in ("ds_config.actor", "ds_config.ppo.actor", "ds_config.sft", "stage.ppo.memory.peak", "target.world"):
+        assert main([*base, "--show", path]) == 0
+        shown[path] = json.loads(capsys.readouterr().out)
+    assert shown["ds_config.actor"] == shown["ds_config.ppo.actor"] and shown["target.world"] == 2
+    assert shown["ds_config.sft"]["train_batch_size"] == 128 and shown["stage.ppo.memory.peak"] > 2**30
+    for path, said in (("ds_config.acter", "ds_config.actor"), ("stage.ppo.x", "batch"), ("nothing", "stage.sft")):
+        assert main([*base, "--show", path]) == 2
+        assert said in capsys.readouterr().err
