@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from rlhfdsl.language import schema
@@ -73,6 +74,10 @@ def inner_block(node: BlockSyntax, definition: Definition) -> Diagnostic:
     near = nearest(name, [*definition.blocks, *definition.attributes])
     blocks = ", ".join(definition.blocks)
     known = f"its blocks: {blocks}" if blocks else "it has no inner blocks"
+    homes = [type_ for type_ in schema.types() if name in schema.definition(type_).blocks]
+    if homes:
+        nearest_home = max(homes, key=lambda type_: len(os.path.commonprefix((type_, definition.type))))
+        known = f"`{name}` stands in {home(nearest_home)}"
     help = f"did you mean {listed(near)}?" if near else known
     fixes = tuple(rename(name, node.kind.span) for name in near)
     message = f"unknown block `{name}` in a `{definition.name}` block"

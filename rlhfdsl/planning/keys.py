@@ -83,7 +83,7 @@ def digest(values: Json) -> str:
 def _learning(engine: Json) -> Json:
     """An engine without what lays it out."""
     values = {name: value for name, value in engine.items() if name not in _ENGINE}
-    given = engine["deepspeed"] or {}
+    given = engine["deepspeed"]
     config = escape.learned({name: value for name, value in given.items() if name not in _DEEPSPEED})
     if engine["trains"]:
         parameters = config.pop("optimizer")["params"]

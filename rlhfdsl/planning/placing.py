@@ -185,7 +185,7 @@ def engine(
         "micro": placed.micro, "accumulation": accumulation,
         "ema": group["ema"] if part.name == "actor" and group is not None else None, "schedule": schedule,
         "rollout": None,
-        "deepspeed": None if part.shares is not None else _config(scope, part, placed, accumulation, optimizer),
+        "deepspeed": {} if part.shares is not None else _config(scope, part, placed, accumulation, optimizer),
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 LOSS_BYTES = 80  # for each logit: copies, fp32 and its softmax, forward, recomputed and backward
 UPDATE_BYTES = 28  # for each parameter: gradient, master weight and two moments read, the last three written
 GRAPH_LAYER = 0.055e-3  # seconds: of a captured decode step, a layer's beyond its bytes (H100: OPT-1.3B at 16 to 256)
+ADAPTER = 0.14  # of the launches of a layer, for each adapter in it (OPT and Llama under peft, counted in CPU time)
 SUM_BYTES = 10  # for each parameter and micro batch: a gradient added to its fp32 sum
 
 
@@ -110,6 +111,12 @@ class _Clock:
         return self.placed.need.learns or 0
 
     @property
+    def layers(self) -> float:
+        """Layers to launch, their adapters counted in."""
+        lora = self.placed.need.lora
+        return self.shape.layers * (1 + ADAPTER * len(lora.layers or ()) if lora is not None else 1)
+
+    @property
     def width(self) -> int:
         return memory.BYTES[self.placed.need.dtype]
 
@@ -129,7 +136,7 @@ class _Clock:
         forwards = 1 + backward + self.placed.checkpointing if train else 1
         compute = forwards * tokens * self.flops(length) / (self.rates.matmul * self.rates.train)
         micros = sequences / (self.placed.micro * need.sequences)
-        launch = forwards * micros * self.shape.layers * self.rates.forward
+        launch = forwards * micros * self.layers * self.rates.forward
         out = max(compute, launch)
         if self.causal:
             out += tokens * self.shape.vocab * (LOSS_BYTES if train else LOSS_BYTES / 4) / self.rates.copy
@@ -182,15 +189,15 @@ class _Clock:
         rounds = sequences / rows
         prefill = max(
             rows * prompt * self.flops(prompt) / (self.rates.matmul * self.rates.train),
-            self.shape.layers * self.rates.forward,
+            self.layers * self.rates.forward,
         )
         cache = memory.kv_cache(self.shape, sequences=rows, length=1, dtype=self.placed.need.dtype)
         read = self.width * self.count + cache * (prompt + answer / 2)
         compute = rows * self.flops(prompt + answer / 2) / self.rates.matmul
         if graph:
-            step = max(read / self.rates.copy, compute) + self.shape.layers * GRAPH_LAYER
+            step = max(read / self.rates.copy, compute) + self.layers * GRAPH_LAYER
             return rounds * (prefill + answer * step) + self.links(train=False)
-        step = max(self.shape.layers * self.rates.decode, read / self.rates.copy, compute)
+        step = max(self.layers * self.rates.decode, read / self.rates.copy, compute)
         step += rows * self.shape.vocab * memory.DRAW / self.rates.copy
         if self.placed.zero == 3 and self.count > self.placed.need.live:
             step += self.links(train=False)

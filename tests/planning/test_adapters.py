@@ -11,13 +11,14 @@ from test_memory import saved
 from workshop import HEAD, PAIRS, PIPELINE, gpus
 
 from rlhfdsl.language import load
-from rlhfdsl.planning import compile, hardware, lock
+from rlhfdsl.planning import compile, hardware, keys, lock, places
 from rlhfdsl.planning.adapters import Lora, chosen, linears
 from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.families import FAMILIES, GATED
 from rlhfdsl.planning.memory import layer_tokens, states
 from rlhfdsl.planning.render import layout
 from rlhfdsl.planning.render import render as plan_text
+from rlhfdsl.planning.validate import validate_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = 8
@@ -118,7 +119,7 @@ def engines(plan):
 def test_the_actors_base_is_the_reference(shop):
     plan = shop.plan(ADAPTED)
     stage, planned, memory = engines(plan)
-    assert planned["ref"]["shares"] == "actor" and planned["ref"]["deepspeed"] is None
+    assert planned["ref"]["shares"] == "actor" and planned["ref"]["deepspeed"] == {}
     assert planned["ref"]["micro"] == planned["actor"]["micro"] and memory["ref"]["total"] == 0
     assert stage["batch"]["why"]["ref.zero"] == "the actor's base, with its adapters off"
     assert memory["actor"]["trained"] == LAYERS and memory["actor"]["average"] == 4 * LAYERS
@@ -126,6 +127,9 @@ def test_the_actors_base_is_the_reference(shop):
     assert memory["reward"]["trained"] == 0
     assert stage["artifacts"]["policy_adapter"].endswith("ppo/actor-adapter")
     assert {"path": stage["artifacts"]["ema_adapter"], "bytes": 4 * LAYERS} in stage["writes"]
+    validate_plan(plan)
+    places.confined(plan)
+    assert keys.keys(plan)["stage.ppo"] != keys.keys(shop.plan(ADAPTED.replace("rank = 4", "rank = 8")))["stage.ppo"]
     assert "base of actor" in plan_text(plan) and "ppo.ref" not in layout(plan)
     whole = shop.plan(PIPELINE)
     saved = sum(engines(whole)[2][name]["total"] - memory[name]["total"] for name in ("actor", "ref"))
