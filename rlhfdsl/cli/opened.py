@@ -55,6 +55,7 @@ def _saved(args: argparse.Namespace) -> Given:
         raise UserError("E0751", f"`{name}` has sha256 {held.digest}, and {wanted} is asked for", place=name,
                         help="it is another file than the one that was meant; do not use it")  # fmt: skip
     places.confined(held.plan, any_output=args.output is not None)
+    places.no_strange_code(held.plan, name, bundle=held.kind == saved.BUNDLE)
     if held.kind == saved.PLAN:
         base = args.base or args.file.parent
         with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.language.terminal import visible as shown
+from rlhfdsl.planning.lock import scorers
 
 Json = dict[str, Any]
 
@@ -59,6 +60,19 @@ def confined(plan: Json, *, any_output: bool = False) -> None:
                     "E0754", f"{stage['address']} would write to `{shown(path)}`, outside its run",
                     help="the plan was not made by rlhf; do not run it",
                 )  # fmt: skip
+
+
+def no_strange_code(plan: Json, name: str, *, bundle: bool) -> None:
+    """Raise UserError for a Python function that a stranger's file names where the one who runs it did not put it.
+
+    A bundle has none; a saved plan has its files beside it, where their hashes are compared before they run.
+    """
+    for _, source in scorers(plan):
+        path = source["file"]
+        if bundle or not _inside(path):
+            why = "a bundle holds no code" if bundle else "the code of a saved plan lies beside it"
+            raise UserError("E0750", f"`{name}` would run `{shown(path)}`, and {why}", place=name,
+                            help="do not use it; whoever made it did not use rlhf")  # fmt: skip
 
 
 def _logs(stage: Json) -> Iterator[str]:

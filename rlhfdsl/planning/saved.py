@@ -69,6 +69,11 @@ def make(
     if missing:
         raise UserError("E0724", f"the plan lacks facts of {', '.join(address for _, address, _ in missing)}",
                         help="save a plan without --no-lock")  # fmt: skip
+    for address, source in lock.scorers(plan) if kind == BUNDLE else ():
+        raise UserError(
+            "E0753", f"`{source['file']}` is Python, and a bundle holds no code", at=f"{address}.file",
+            help="share `rlhf plan -o x.rhplan`, which pins the file's hash, and the file beside it",
+        )  # fmt: skip
     folder = os.path.abspath(recipe.path.parent)
     found = {os.path.abspath(name): text.encode() for name, text in texts(recipe.sources).items()}
     found |= _inputs(plan, folder, limit) if kind == BUNDLE else {}

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from command import rlhf
+from pipeline import write_recipe
 
 from recipes import RECIPE, small
-from rlhfdsl.planning import archive, saved
+from rlhfdsl.planning import archive, lock, saved
 
 
 @pytest.fixture
@@ -225,6 +226,42 @@ def test_a_recipe_writes_only_where_it_is_run(capsys, tmp_path, monkeypatch, run
     assert rlhf(capsys, "run", path, "--gpu", "cpu", "--output", tmp_path / "far")[0] == 0
     assert rlhf(capsys, "run", path, "--gpu", "cpu", "--set", f'recipe.output="{tmp_path}/far"')[0] == 0
     assert [plan["stages"][0]["output"] for plan, _ in runs] == [f"{tmp_path}/far/sft"] * 2
+
+
+def test_a_function_runs_only_in_a_run_and_never_from_a_bundle(capsys, tmp_path, monkeypatch, runs):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path)
+    marker = tmp_path / "ran"
+    (tmp_path / "judge.py").write_text(f"open({str(marker)!r}, 'w')\ndef judge(prompts, answers): return [0.0]\n")
+    path = tmp_path / "small.rlhf"
+    reward = "reward { model = stage.reward"
+    text = path.read_text().replace(reward, f"{reward}\n add {{ judge = 1 }}")
+    path.write_text(text + 'scorer judge { file = "./judge.py", function = "judge" }\n')
+    for command in (("check",), ("lock",), ("plan", "--gpu", "cpu"), ("plan", "--gpu", "cpu", "-o", "p.rhplan")):
+        code, _, err = rlhf(capsys, command[0], path, *command[1:])
+        assert code == 0, err
+    assert not marker.exists()
+    code, _, err = rlhf(capsys, "bundle", path, "--gpu", "cpu")
+    assert code == 1 and "error[E0753]: `judge.py` is Python" in err
+    # The saved plan pins the file; as a bundle, or with a file from elsewhere, it is refused.
+    assert rlhf(capsys, "run", "p.rhplan")[0] == 0
+    (plan, base), = runs
+    (tmp_path / "judge.py").write_text("def judge(prompts, answers): return [1.0]\n")
+    from rlhfdsl.language.diagnostics import UserError
+    from rlhfdsl.running.inputs import verify_inputs
+
+    with pytest.raises(UserError, match="judge.py"):
+        verify_inputs(plan, plan["stages"][2], base)
+    held = archive.unpack(Path("p.rhplan").read_bytes(), "p")
+    Path("x.rlhfb").write_bytes(archive.pack("bundle", held.generator, held.about, held.entries))
+    code, _, err = rlhf(capsys, "run", "x.rlhfb")
+    assert code == 1 and "E0750" in err and "a bundle holds no code" in err
+    for elsewhere in ("/usr/lib/python3/shutil.py", "../judge.py"):
+        Path("y.rhplan").write_bytes(Path("p.rhplan").read_bytes())
+        edited(Path("y.rhplan"), plan=lambda plan, to=elsewhere: next(lock.scorers(plan))[1].update(file=to))
+        code, _, err = rlhf(capsys, "run", "y.rhplan")
+        assert code == 1 and "E0750" in err and elsewhere in err
+    assert len(runs) == 1 and not marker.exists()
 
 
 def test_secrets_stay_out(capsys, recipe, monkeypatch):
