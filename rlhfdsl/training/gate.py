@@ -64,7 +64,7 @@ def _compare(trainer: OnPolicy, prompts: Sequence[Prompt]) -> parity.Parity:
     actor.eval()
     (parts,) = micro_parts(answers.lengths.tolist(), actor.micro, trainer.longest, len(answers))
     scored = rollouts.read(
-        answers, parts, lambda part: rollouts.answer_log_probs(actor, part, trainer.temperature)[0]
+        answers, parts, lambda part: rollouts.answer_statistics(actor, part, trainer.temperature)[0]
     )
     width = answers.mask.shape[1]
     return parity.compare(

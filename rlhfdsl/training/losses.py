@@ -34,6 +34,11 @@ def token_statistics(
     return _TokenStatistics.apply(logits, targets, temperature, rows)
 
 
+def selected_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at `targets`, in fp32: [B, T, V], [B, T] -> [B, T]."""
+    return token_statistics(logits.flatten(0, 1), targets.flatten(), temperature)[0].view(targets.shape)
+
+
 class _TokenStatistics(torch.autograd.Function):
     """With p = softmax(x): d log p_t / dx = onehot(t) - p, and d H / dx = -p (log p + H)."""
 

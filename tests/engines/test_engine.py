@@ -14,14 +14,9 @@ from rlhfdsl.engines.rollout.sampling import gumbel, row_seeds
 from rlhfdsl.models.inputs import length_mask
 from rlhfdsl.models.tokenizers import byte_tokenizer
 from rlhfdsl.training.experience import answer_mask, at_answers
-from rlhfdsl.training.losses import token_mean, token_statistics
+from rlhfdsl.training.losses import selected_log_probs, token_mean
 
 LENGTHS = torch.tensor([12, 9, 5, 12])
-
-
-def selected_log_probs(logits, targets, temperature=1.0):
-    flat, _ = token_statistics(logits.flatten(0, 1), targets.flatten(), temperature)
-    return flat.view(targets.shape)
 
 
 def some_ids() -> torch.Tensor:
