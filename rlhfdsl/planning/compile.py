@@ -58,7 +58,7 @@ def compile(
         "generator": f"rlhfdsl {_version()}",
         "recipe": {
             "name": recipe.name, "file": recipe.path.name, "language": recipe.block["language"],
-            "seed": recipe.block["seed"], "output": output,
+            "seed": recipe.block["seed"], "determinism": recipe.block["determinism"], "output": output,
         },
         "target": target.as_dict(),
         "models": {address: model.entry for address, model in models.items()},

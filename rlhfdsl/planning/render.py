@@ -53,8 +53,9 @@ def _header(plan: Json) -> list[str]:
     size = f"{figures.count(target['nodes'], 'node')} x {target['gpus']} {device}"
     if target["memory"] is not None:
         size += f", {figures.gib(target['memory'])} GiB each"
+    strict = "   deterministic" if recipe["determinism"] == "strict" else ""
     return [
-        f"recipe  {recipe['name']}   seed {recipe['seed']}   lock {lock}",
+        f"recipe  {recipe['name']}   seed {recipe['seed']}{strict}   lock {lock}",
         f"target  {size} ({origin})",
     ]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.engines.ports import free_port
+from rlhfdsl.running import strict
 
 GRACE_SECONDS = 5.0
 
@@ -53,6 +54,7 @@ def start(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
+    environment |= strict.environment(plan)
     if target["device"] == "cpu" and target["gpus"] > 1 and "OMP_NUM_THREADS" not in environment:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // target["gpus"]))
     with log.open("ab") as output:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.running import strict
 from rlhfdsl.running.launcher import die_with_parent
 from rlhfdsl.running.metrics import MetricsWriter
 from rlhfdsl.running.schedule import partial_of
@@ -70,6 +71,7 @@ def run_stage(
     directory.mkdir(parents=True, exist_ok=True)
     main_rank = distributed.rank() == 0
     report = MetricsWriter(directory / "metrics.jsonl") if main_rank else _ignore
+    strict.enforce(plan)
     torch.manual_seed(stage["seed"] + 100_003 * distributed.rank())
     context = Context(plan, stage, base, directory, device, report, checkpoint)
     stages = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo, "rloo": rloo}
