@@ -36,6 +36,8 @@ def compile_recipe(path: str | Path, args: argparse.Namespace) -> Compilation:
     """Load a recipe with the options of `add_recipe_options`; exit 2 when a -p is not NAME=VALUE."""
     from rlhfdsl.language import load
 
+    if Path(path).suffix in (".rhplan", ".rlhfb"):
+        fail(f"{path} is no recipe: `rlhf run` runs it, `rlhf bundle {path} --open FOLDER` unpacks its recipe")
     params: dict[str, str] = {}
     for text in args.param:
         name, equals, value = text.partition("=")

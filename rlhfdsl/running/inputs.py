@@ -21,6 +21,8 @@ def verify_inputs(plan: Json, stage: Json, base: Path) -> None:
     for at, facts in _facts(plan, stage):
         for change in lock.changes(dict(facts), base, seen, whole=True):
             help = "put the locked file back, or plan again: the plan's counts are those of the locked one"
+            if change.found is None:
+                help = "put it back; the inputs of a saved plan lie beside it, or in the folder that --base names"
             raise UserError("E0725", str(change), at=at, place=str(base / change.name), help=help)
         for name, pins in (facts.get("hub") or {}).items():
             if at.startswith("model."):

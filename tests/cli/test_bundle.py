@@ -133,6 +133,9 @@ def test_output_sha256_and_options_that_do_not_fit(capsys, bundle, runs):
         assert rlhf(capsys, "run", bundle, *option)[0] == 2
     assert rlhf(capsys, "run", "project/recipes/mine.rlhf", "--sha256", "00")[0] == 2
     assert rlhf(capsys, "bundle", bundle)[0] == 2
+    for verb in ("check", "plan", "lock"):
+        code, _, err = rlhf(capsys, verb, bundle)
+        assert code == 2 and "is no recipe: `rlhf run` runs it" in err
     assert len(runs) == 2
 
 
