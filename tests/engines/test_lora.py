@@ -43,7 +43,7 @@ def tensors(module, trained):
     return found
 
 
-@pytest.mark.parametrize(("zero", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(("zero", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
 def test_only_adapters_move_and_the_base_stays_a_policy_of_its_own(source, zero, dtype):
     actor = engine(HybridEngine, source, spec(zero=zero, dtype=dtype, lr=1e-2, lora=lora()))
     base = BasePolicy(spec("ref", trains=False), actor)
@@ -84,8 +84,10 @@ def test_the_merged_artifact_is_the_trained_policy(tmp_path, arch, zero):
 
 
 def test_a_bf16_merge_is_rounded_once(source, tmp_path):
-    policy = engine(PolicyEngine, source, spec(zero=1, dtype="bf16", lr=1e-2, lora=lora(targets=["q_proj"])))
-    learn(policy)
+    policy = engine(PolicyEngine, source, spec(zero=1, dtype="bf16", lora=lora(targets=["q_proj"])))
+    for name, parameter in policy.module.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
     save_model(policy, byte_tokenizer(), tmp_path / "model", stop_ids=(258,))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").state_dict()
     for name, tensor in policy.module.state_dict().items():
@@ -132,7 +134,7 @@ def test_checkpointing_changes_no_gradient(source, zero):
 
 
 def test_the_average_is_of_the_adapters(source):
-    policy = engine(PolicyEngine, source, spec(zero=1, dtype="bf16", lr=1e-2, lora=lora()))
+    policy = engine(PolicyEngine, source, spec(zero=2, lr=1e-2, lora=lora()))
     average = MovingAverage(policy, 0.9)
     assert average.shard.keys() == tensors(policy.module, True).keys()
     frozen = tensors(policy.module, False)
@@ -141,7 +143,7 @@ def test_the_average_is_of_the_adapters(source):
     average.write()
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in tensors(policy.module, False).items())
     for name, tensor in tensors(policy.module, True).items():
-        assert torch.equal(tensor, average.shard[name].to(torch.bfloat16))
+        assert torch.equal(tensor, average.shard[name])
 
 
 def test_adapters_are_drawn_from_the_seed_of_the_stage(source):
