@@ -1,9 +1,10 @@
 """The README: its recipe is right, its commands exist, its targets are the Makefile's."""
 
+import argparse
 import re
 from pathlib import Path
 
-from rlhfdsl.cli.main import available
+from rlhfdsl.cli.main import available, module_of
 from rlhfdsl.language import load
 
 ROOT = Path(__file__).parents[2]
@@ -28,3 +29,13 @@ def test_the_table_of_commands_is_complete():
 def test_the_two_commands_are_targets():
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) == {"demo", "test"} <= set(targets)
+
+
+def test_the_commands_of_the_guides_exist():
+    for guide in (ROOT / "docs").glob("*.md"):
+        for block in re.findall(r"^```\n(.*?)^```", guide.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            for verb, rest in re.findall(r"^rlhf (\w+)(.*)$", block, re.MULTILINE):
+                parser = argparse.ArgumentParser()
+                module_of(verb).configure(parser)
+                options = {name for action in parser._actions for name in action.option_strings}
+                assert set(re.findall(r" (--[\w-]+)", rest.partition("#")[0])) <= options, (guide.name, verb, rest)
