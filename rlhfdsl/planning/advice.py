@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rlhfdsl.planning import timing
+from rlhfdsl.planning.adapters import Lora, linears
 from rlhfdsl.planning.fit import fit
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Need, Rollout
 from rlhfdsl.planning.timing import Work
 
 MOST_GPUS = 64  # times as many as asked for
+RANK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,25 @@ def nearest(
     ways = list(found.values())  # from the smallest change on, which sorting keeps among equals
     least = min((way.seconds for way in ways if way.seconds), default=1.0)
     return sorted(ways, key=lambda way: int(20 * (way.seconds or 0.0) / least))[:most]
+
+
+def adapted(needs: Sequence[Need], rollout: Rollout | None, target: Target) -> bool:
+    """Whether the stage fits without offload when what trains whole has adapters of RANK beside all its layers."""
+    beside = [_adapted(need) if need.trains and need.lora is None else need for need in needs]
+    free = [
+        replace(n, micro=None, zero=None, offload="off", checkpointing=None if n.trains else False) for n in beside
+    ]
+    return beside != list(needs) and fit(free, rollout, target).fits is True
+
+
+def _adapted(need: Need) -> Need:
+    layers = linears(need.shape)
+    if layers is None or need.shape is None or need.count is None:
+        return need
+    entry = {"rank": RANK, "dropout": 0.0}
+    count = need.shape.layers * sum(RANK * (layer.inputs + layer.outputs) for layer in layers)
+    head = need.shape.embed if need.head == "scalar" else 0
+    return replace(need, count=need.count + count, trained=count + head, lora=Lora(entry, layers, count))
 
 
 def more_gpus(needs: Sequence[Need], rollout: Rollout | None, target: Target) -> Target | None:

@@ -256,6 +256,8 @@ def memory(
     ways = advice.nearest(needs, rollout, where, work)
     told = [f"`{way.words}` fits{_slower(way, ways[0])}" for way in ways]
     if all("offload" in way.words for way in ways):
+        if advice.adapted(needs, rollout, where):
+            told.append(f"`lora {{ rank = {advice.RANK} }}` in what trains fits, and learns something else")
         wider = advice.more_gpus(needs, rollout, where)
         if wider is not None:
             size = f"--gpus {wider.gpus} --nodes {wider.nodes}"

@@ -161,6 +161,16 @@ parallel p { zero = 3 }
     assert zero["reduce_bucket_size"] == trained and zero["stage3_prefetch_bucket_size"] == 50_000_000
 
 
+def test_lora_is_named_where_nothing_else_fits(shop):
+    """13e9 x 18 bytes are no 80 GiB; 13e9 x 2 are. Nothing takes LoRA by itself, since it changes what is learned."""
+    text = HEAD + 'model big { from = "facebook/opt-13b" }\n' + PAIRS + "parallel p { offload = off }\n"
+    text += "stage sft { model = model.big, data = data.pairs, batch = 8, length = 512, lr = 1e-5"
+    text += ", parallel = parallel.p"
+    found = shop.problem(text + " }\n", gpus(1))
+    assert "`lora { rank = 16 }` in what trains fits, and learns something else" in found.help
+    assert shop.plan(text + "\n  lora { rank = 16 }\n}\n", gpus(1))["stages"][0]["memory"]["fits"]
+
+
 @pytest.mark.parametrize(("name", "size"), [("opt-13b-lora-1gpu", "13b"), ("opt-30b-lora-1gpu", "30b")])
 def test_what_one_gpu_of_80_gb_holds(name, size):
     """PPO beside a frozen base of 2 bytes for each parameter (30B: 59.9e9 bytes), the reference without any."""
