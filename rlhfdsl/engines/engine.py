@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import deepspeed
 import torch
@@ -55,6 +56,39 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of a scalar loss, unscaled."""
         self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def overflows(self) -> bool:
+        """Whether the accumulated gradients of an fp16 engine overflowed on any rank; False in other types.
+
+        A collective call, once before `step` or `skip`: it sums the gradients over the ranks, which DeepSpeed does at
+        the beginning of its step, and takes that part away from the next step.
+        """
+        if self.spec["dtype"] != "fp16":
+            return False
+        engine, optimizer = self.deepspeed, self.deepspeed.optimizer
+        holder, name = engine, "allreduce_gradients"
+        if engine.zero_optimization_partition_gradients():
+            holder, name = optimizer, "finalize_gradient_accumulation_boundary"
+        engine._running_engine_step = True  # as step() says first: a boundary of the accumulation
+        getattr(holder, name)()
+        setattr(holder, name, lambda *_: delattr(holder, name))
+        optimizer.check_overflow()
+        return bool(optimizer.overflow)
+
+    def skip(self) -> dict[str, float]:
+        """Drop the accumulated gradients of an fp16 engine; what `step` reports of a step that is not made.
+
+        Its loss scale, which nothing was wrong with, stays.
+        """
+        optimizer = self.deepspeed.optimizer
+        scale = dict(vars(optimizer.loss_scaler))
+        optimizer.check_overflow = lambda *_, **__: setattr(optimizer, "overflow", True)
+        try:
+            self.deepspeed.step()
+        finally:
+            del optimizer.check_overflow
+        vars(optimizer.loss_scaler).update(scale)
+        return {"lr": 0.0, "grad_norm": math.inf}
 
     def step(self) -> dict[str, float]:
         """Apply the accumulated gradients; returns the learning rate used and the gradient norm before clipping."""

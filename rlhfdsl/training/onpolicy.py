@@ -256,13 +256,21 @@ class OnPolicy(ABC):
         return mean | {"seconds_train": time.perf_counter() - started}
 
     def _step(self, actor: bool) -> dict[str, float]:
-        """One optimizer step of every trained engine."""
-        metrics = {}
-        for engine, name in ((self.engines.critic, "critic"), (self.engines.actor, "actor")):
-            if engine in self.trained(actor):
-                step = engine.step()
-                metrics |= {f"{name}_lr": step["lr"], f"{name}_grad_norm": step["grad_norm"]}
-        if actor and self.average is not None:
+        """One optimizer step of every trained engine.
+
+        In fp16 an engine whose gradients overflowed skips its step; then the others skip theirs too, so that actor and
+        critic have always learned from the same answers.
+        """
+        names = ((self.engines.critic, "critic"), (self.engines.actor, "actor"))
+        trained = [(engine, name) for engine, name in names if engine in self.trained(actor)]
+        overflows = [engine.overflows() for engine, _ in trained]
+        metrics: dict[str, float] = {}
+        for (engine, name), overflow in zip(trained, overflows, strict=True):
+            step = engine.skip() if any(overflows) and not overflow else engine.step()
+            metrics |= {f"{name}_lr": step["lr"], f"{name}_grad_norm": step["grad_norm"]}
+        if self.engines.actor.spec["dtype"] == "fp16":
+            metrics["overflow"] = float(any(overflows))
+        if actor and self.average is not None and not any(overflows):
             self.average.update()
         return metrics
 
