@@ -12,8 +12,9 @@ from rlhfdsl.planning import capabilities, checks, course, scorers, timing
 from rlhfdsl.planning.batches import largest_divisor, run_length
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.layout import Rollout
-from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, sampler, time_of, why, writes_of
+from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, sampler, time_of, why
 from rlhfdsl.planning.stages import Json, checkpoints, mean, seed_of, split, used, why_updates
+from rlhfdsl.planning.written import writes_of
 
 
 def on_policy(scope: Scope, block: Block, output: str) -> Json | None:

@@ -28,7 +28,6 @@ from rlhfdsl.planning.entries import Model, Wanted
 from rlhfdsl.planning.fit import fit, token_limit
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Need, Placement, Rollout
-from rlhfdsl.planning.memory import BYTES
 from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work
 
@@ -261,21 +260,6 @@ def time_of(scope: Scope, placed: Fit, work: Work, times: int | None) -> Json | 
 def _digits(value: float) -> float:
     """Four significant digits: an estimate has no more, and a plan's bytes hang on no last bit."""
     return float(f"{value:.4g}")
-
-
-def writes_of(path: str, model: Model, placed: Placement, name: str, suffix: str = "") -> tuple[Json, list[Json]]:
-    """What an engine leaves: artifacts (name: directory), and the directories with their bytes.
-
-    The model is whole. With LoRA its adapters are merged into it, and stand beside it on their own.
-    """
-    need, width = placed.need, BYTES[model.dtype]
-    counts = {name: (path + suffix, model.count(need.head))}
-    if need.lora is not None:
-        counts[f"{name}_adapter"] = f"{path}{suffix}-adapter", need.trained
-    artifacts = {key: directory for key, (directory, _) in counts.items()}
-    return artifacts, [
-        {"path": directory, "bytes": None if count is None else count * width} for directory, count in counts.values()
-    ]
 
 
 def why(scope: Scope, placed: Placement, item: str) -> Json:
