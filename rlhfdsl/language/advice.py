@@ -60,6 +60,23 @@ def pull(blocks: Blocks) -> Found:
             yield Diagnostic("W0301", "warning", message, kl.setting("coef").span, help=help)
 
 
+def estimators(blocks: Blocks) -> Found:
+    """An estimator of the KL beside where it is applied: as a penalty its value counts, in the loss its gradient."""
+    for stage in on_policy(blocks):
+        kl = stage.blocks.get("kl")
+        if kl is None or not kl.written("estimator"):
+            continue
+        if kl["apply"] == "loss" and kl["estimator"] == "k1":
+            message = "k1 in the loss pulls nowhere: the mean of its gradient is 0, whatever the policy"
+            help = "write `estimator = k3`, or `apply = reward`"
+        elif kl["apply"] == "reward" and kl["estimator"] in ("k2", "k3"):
+            message = f"{kl['estimator']} in the reward is biased: it is never negative, and never pays an answer"
+            help = "write `estimator = k1`, or `apply = loss`"
+        else:
+            continue
+        yield Diagnostic("W0302", "warning", message, kl.setting("estimator").span, help=help)
+
+
 def dropout(blocks: Blocks) -> Found:
     """The ratio compares log-probabilities of one policy, so it has to answer the same twice."""
     for stage in on_policy(blocks):
@@ -110,4 +127,4 @@ def secrets(sources: Mapping[str, SourceFile]) -> Found:
             yield Diagnostic("E0319", "error", message, span, help=help)
 
 
-ADVICE: tuple[Callable[[Blocks], Found], ...] = (tokens, pull, dropout, normalize, whole_sources)
+ADVICE: tuple[Callable[[Blocks], Found], ...] = (tokens, pull, estimators, dropout, normalize, whole_sources)
