@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from rlhfdsl.cli.common import show_user_error
+from rlhfdsl.cli.common import ERROR, show_user_error
 from rlhfdsl.cli.opened import given
 from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline
 from rlhfdsl.language import Recipe
@@ -27,6 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anew", action="store_true", help="start unfinished stages at their beginning; what they have is kept aside",
     )  # fmt: skip
+    parser.add_argument(
+        "--patience", type=seconds, metavar="TIME", default=1800.0,
+        help="end a stage that makes no progress for this long, as 90s, 30m, 2h (default: 30m)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,15 +46,32 @@ def run(args: argparse.Namespace) -> int:
         from rlhfdsl.running.display import Display
 
         with Display() as display:
-            execute(plan, base, display, anew=args.anew)
+            execute(plan, base, display, anew=args.anew, patience=args.patience)
     except UserError as error:
         show_user_error(error, recipe)
-        return 1
+        return exit_code(error)
     except Interrupted as stop:
         print(f"\n{visible(stop.message)}; run the same command to go on", file=sys.stderr)
         return 128 + stop.signal
     print(visible(f"\ntalk to it with: rlhf chat {plan['recipe']['output']}"))
     return 0
+
+
+def exit_code(error: UserError) -> int:
+    """4 a rank died, 5 out of memory, 6 a loss or gradient that is not finite, 7 no progress; 1 anything else."""
+    from rlhfdsl.running.failure import EXITS
+
+    return EXITS.get(error.code, ERROR)
+
+
+def seconds(text: str) -> float:
+    """A duration as a recipe writes it, in seconds."""
+    from rlhfdsl.language.units import Quantity, read_number
+
+    found = read_number(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?[a-z]+", text) else None
+    if not isinstance(found, Quantity) or found.unit != "duration" or found.value <= 0:
+        raise argparse.ArgumentTypeError(f"takes a time such as 30m, not `{text}`")
+    return float(found.value)
 
 
 def check_target(plan: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.utils import cpp_extension
 from rlhfdsl.engines.ports import free_port
 
 
-def join(device_kind: str) -> torch.device:
+def join(device_kind: str, timeout: float = 1800.0) -> torch.device:
     """Join the ranks that the launcher announced in the environment; return this rank's device.
 
-    device_kind: "cpu" (gloo) or "cuda" (NCCL). Without a launcher this process is the only rank.
+    device_kind: "cpu" (gloo) or "cuda" (NCCL). timeout: seconds that a collective call waits for the other ranks.
+    Without a launcher this process is the only rank.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
@@ -31,7 +33,10 @@ def join(device_kind: str) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not comm.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device_kind == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device_kind == "cuda" else "gloo", verbose=False,
+            timeout=timedelta(seconds=timeout),
+        )  # fmt: skip
     return device
 
 

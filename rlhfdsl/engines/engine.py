@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import deepspeed
 import torch
 from torch import nn
 
 from rlhfdsl.engines.schedule import learning_rate
+from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.inputs import forward_inputs, takes
 from rlhfdsl.models.lora import adapters_off, lora_layers
 from rlhfdsl.models.scalar import at_last
@@ -28,6 +30,8 @@ class Engine:
         self.spec = spec
         self.micro: int = spec["micro"]
         self.updates = 0
+        self.pulse: Callable[[str], None] = lambda doing: None  # told what this engine begins to do
+        self.finite: torch.Tensor | None = None  # whether every loss since the last step was
         parameters = _groups(module, spec) if spec["trains"] else None
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, model_parameters=parameters, config=copy.deepcopy(spec["deepspeed"])
@@ -55,6 +59,9 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of a scalar loss, unscaled."""
+        self.pulse(f"{self.name}: backward")
+        finite = loss.detach().isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def overflows(self) -> bool:
@@ -91,14 +98,36 @@ class Engine:
         return {"lr": 0.0, "grad_norm": math.inf}
 
     def step(self) -> dict[str, float]:
-        """Apply the accumulated gradients; returns the learning rate used and the gradient norm before clipping."""
+        """Apply the accumulated gradients; returns the learning rate used and the gradient norm before clipping.
+
+        Raises UserError when the loss or the gradient is not finite, but where fp16 skips such an update by itself.
+        """
+        self.pulse(f"{self.name}: step")
         rate = learning_rate(self.spec["schedule"], self.updates)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
         self.deepspeed.step()
         self.updates += 1
-        norm = self.deepspeed.get_global_grad_norm()
-        return {"lr": rate, "grad_norm": float(norm) if norm is not None else float("nan")}
+        found = self.deepspeed.get_global_grad_norm()
+        norm = float(found) if found is not None else None
+        self._check(norm)
+        return {"lr": rate, "grad_norm": norm if norm is not None else float("nan")}
+
+    def _check(self, norm: float | None) -> None:
+        """End a run that learns nothing any more. The weights are spoilt by now, and no checkpoint is made of them."""
+        finite, self.finite = self.finite, None
+        if self.spec["deepspeed"]["fp16"]["enabled"]:
+            return
+        what = None
+        if finite is not None and not finite:
+            what = "loss"
+        elif norm is not None and not 0 <= norm < math.inf:  # DeepSpeed says -1 for one that is not finite
+            what = "gradient"
+        if what is not None:
+            raise UserError(
+                "E0794", f"the {what} of `{self.name}` is not finite in its update {self.updates}",
+                help="a lower lr, a longer warmup, or dtype = fp32",
+            )  # fmt: skip
 
     def _clip(self) -> None:
         """Clip at stage 0, where DeepSpeed keeps no norm; left on the optimizer, it is reported as at other stages."""
@@ -114,6 +143,7 @@ class PolicyEngine(Engine):
 
         The output matrix is not applied to the columns before it, where the model's class can leave them out.
         """
+        self.pulse(f"{self.name}: forward")
         inputs = forward_inputs(self.module, ids, lengths)
         if first and takes(type(self.module), "logits_to_keep"):
             return self.deepspeed(**inputs, logits_to_keep=ids.shape[1] - first).logits
@@ -157,6 +187,7 @@ class ScalarEngine(Engine):
 
     def scalars(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """fp32 [B, T] for right-padded `ids` [B, T]; entry t has read tokens 0 to t."""
+        self.pulse(f"{self.name}: forward")
         return self.deepspeed(ids, lengths)
 
     def scores(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

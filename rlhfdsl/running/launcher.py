@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import json
 import os
@@ -24,16 +25,18 @@ def start(
     stage: dict[str, Any],
     base: Path,
     log: Path,
-    checkpoint: Path | None = None,
+    checkpoint: Path | None,
+    timeout: float,
 ) -> subprocess.Popen[bytes]:
     """Start the ranks of a stage; their output goes to `log`. The launcher ends all of them when one fails.
 
-    checkpoint: the one to go on from, every file of it compared with its manifest.
+    checkpoint: the one to go on from, every file of it compared with its manifest. timeout: seconds that a rank waits
+    for the others.
     """
     target = plan["target"]
     worker = [
         "--module", "rlhfdsl.running.worker",
-        "--plan", str(plan_path), "--stage", stage["address"], "--base", str(base),
+        "--plan", str(plan_path), "--stage", stage["address"], "--base", str(base), "--timeout", str(timeout),
         *(["--checkpoint", str(checkpoint)] if checkpoint is not None else []),
     ]  # fmt: skip
     if target["nodes"] > 1:
@@ -70,7 +73,11 @@ def start(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a launcher and all its ranks: a request first, force after `GRACE_SECONDS`."""
+    """End a launcher and all its ranks: a request first, force after `GRACE_SECONDS`. None is there afterwards."""
+    if process.poll() is not None:
+        with contextlib.suppress(OSError):  # what a launcher that died left behind
+            os.killpg(process.pid, signal.SIGKILL)
+        return
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

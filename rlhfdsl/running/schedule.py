@@ -22,10 +22,10 @@ from typing import Any, Literal
 from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import keys
+from rlhfdsl.running import watch
 
 PARTIAL = ".partial"  # the suffix of a stage's folder until the stage is complete
 RESULT = "result.json"
-LEFT_OVERS = (store.STOP, "error.json")
 SHOWN = 3  # changes that a reason names
 
 Json = dict[str, Any]
@@ -224,5 +224,5 @@ def _go_back_to(checkpoint: Path) -> None:
         path = root.parent / name
         if path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
-    for name in LEFT_OVERS:
-        (root.parent / name).unlink(missing_ok=True)
+    (root.parent / store.STOP).unlink(missing_ok=True)
+    shutil.rmtree(root.parent / watch.FOLDER, ignore_errors=True)

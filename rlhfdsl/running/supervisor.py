@@ -6,6 +6,8 @@ in it, so a folder without the suffix is always whole. What is done with each st
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -13,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import keys, measured
 from rlhfdsl.planning.lock import packages
-from rlhfdsl.running import launcher, schedule
+from rlhfdsl.running import failure, launcher, schedule
 from rlhfdsl.running.inputs import verify_inputs
 from rlhfdsl.running.metrics import MetricsFollower, read_metrics
+from rlhfdsl.running.watch import Watch
 from rlhfdsl.running.weights import hashes
 
 POLL_SECONDS = 0.2
+PATIENCE = 1800.0  # a step that takes longer has not been seen
 
 Event = dict[str, Any]
 Show = Callable[[dict[str, Any], Event], None]
@@ -41,21 +45,23 @@ class Interrupted(Exception):
         self.message = message
 
 
-def execute(plan: dict[str, Any], base: Path, show: Show, *, anew: bool = False) -> dict[str, dict[str, float]]:
+def execute(
+    plan: dict[str, Any], base: Path, show: Show, *, anew: bool = False, patience: float = PATIENCE
+) -> dict[str, dict[str, float]]:
     """Run every stage of a plan that is not complete yet. Returns each stage's evaluation by its address.
 
     base: the folder that the plan's input paths are relative to; outputs are relative to the working directory.
     show: called with a stage of the plan and each of its events, beside the metrics with those of the supervisor.
-    anew: start unfinished stages at their beginning. On SIGINT, SIGTERM or SIGHUP the stage saves a checkpoint after
-    the update that is running; at the second signal it ends at once. Raises UserError when a stage fails and
-    Interrupted after a signal; what earlier stages made stays.
+    anew: start unfinished stages at their beginning. patience: seconds without progress after which a stage is ended.
+    On SIGINT, SIGTERM or SIGHUP the stage saves a checkpoint after the update that is running; at the second signal it
+    ends at once. Raises UserError when a stage fails and Interrupted after a signal; what earlier stages made stays.
     """
     output = Path(plan["recipe"]["output"])
     output.mkdir(parents=True, exist_ok=True)
     plan_path = output / "plan.json"
-    plan_path.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     results: dict[str, dict[str, float]] = {}
-    with Signals() as signals:
+    with _alone(output), Signals() as signals:
+        plan_path.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for stage in plan["stages"]:
             stamp = keys.stamp(plan, stage)
             action = schedule.decide(plan, stage, stamp, thorough=True, anew=anew)
@@ -69,11 +75,27 @@ def execute(plan: dict[str, Any], base: Path, show: Show, *, anew: bool = False)
                 show(stage, {"event": "cached", **result["evaluation"]})
             else:
                 show(stage, {"event": "launch", "do": action.do, "reason": action.reason})
-                result = Running(plan, plan_path, stage, base, stamp, show, signals).run(checkpoint)
+                result = Running(plan, plan_path, stage, base, stamp, show, signals, patience).run(checkpoint)
                 show(stage, {"event": "done", **result["evaluation"], "seconds": result["seconds"]})
             results[stage["address"]] = result["evaluation"]
             signals.end_if_asked(f"{stage['address']} is complete")
     return results
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold a run's folder; the system lets it go when this process dies. Raises UserError when another run holds it."""
+    with (output / ".running").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "E0796", f"another `rlhf run` is at work in {output}", at="recipe.output",
+                help="wait for its end, or run into another folder with `--output`",
+            ) from None  # fmt: skip
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 class Signals:
@@ -110,13 +132,14 @@ class Running:
 
     def __init__(
         self, plan: dict[str, Any], plan_path: Path, stage: dict[str, Any], base: Path, stamp: dict[str, Any],
-        show: Show, signals: Signals,
+        show: Show, signals: Signals, patience: float,
     ):  # fmt: skip
         self.plan, self.plan_path, self.stage, self.base = plan, plan_path, stage, base
-        self.stamp, self.show, self.signals = stamp, show, signals
+        self.stamp, self.show, self.signals, self.patience = stamp, show, signals, patience
         self.partial = schedule.partial_of(Path(stage["output"]))
         self.follower = MetricsFollower(self.partial / "metrics.jsonl")
         self.evaluation: dict[str, float] = {}
+        self.trained = False
         self.stopped: Event | None = None
 
     def run(self, checkpoint: Path | None) -> dict[str, Any]:
@@ -126,8 +149,10 @@ class Running:
             self._take(event, show=False)
         started = time.time()
         process = launcher.start(
-            self.plan, self.plan_path.resolve(), self.stage, self.base.resolve(), self.partial / "log.txt", checkpoint
-        )
+            self.plan, self.plan_path.resolve(), self.stage, self.base.resolve(), self.partial / "log.txt", checkpoint,
+            timeout=2 * self.patience,  # what hangs is found here first, with a better word for it
+        )  # fmt: skip
+        watch = Watch(self.partial, self.patience)
         told = False
         try:
             running = True
@@ -139,13 +164,19 @@ class Running:
                     (self.partial / store.STOP).touch()
                     self.show(self.stage, {"event": "stopping"})
                     told = True
+                watch.look()
+                if running and watch.hangs():
+                    watch.dump()
+                    raise failure.hangs(self.stage, self.partial, watch)
                 if running:
                     time.sleep(POLL_SECONDS)
-        except BaseException:
+        finally:
             launcher.stop(process)
-            raise
         if process.returncode != 0:
-            raise _failure(self.stage, self.partial, process.returncode)
+            error = failure.explain(self.stage, self.partial, watch, process.returncode)
+            if not self.trained and error.code != failure.DIED:
+                shutil.rmtree(self.partial)  # a mistake of the recipe or its data: there is nothing to look at
+            raise error
         if self.stopped is not None:
             raise Interrupted(self.signals.asked or signal.SIGTERM, self._where())
         return self._publish(seconds_of(earlier) + time.time() - started)
@@ -154,6 +185,8 @@ class Running:
         if show:
             self.show(self.stage, event)
         match event["event"]:
+            case "update":
+                self.trained = True
             case "eval":
                 self.evaluation |= {k: v for k, v in event.items() if k.startswith(("eval_", "ema_"))}
             case "stopped":
@@ -192,29 +225,6 @@ def seconds_of(events: list[Event]) -> float:
             began = event["time"]
         last = event["time"]
     return total + (0.0 if began is None else last - began)
-
-
-def _failure(stage: dict[str, Any], partial: Path, code: int) -> UserError:
-    """What a failed stage says. A folder in which nothing was trained yet is not left behind."""
-    path = partial / "error.json"
-    log = (partial / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        found = {
-            "code": None, "message": f"a rank ended with exit code {code} and left no message", "at": None,
-            "place": None, "help": None, "rank": "?",
-        }  # fmt: skip
-    trained = any(event["event"] == "update" for event in MetricsFollower(partial / "metrics.jsonl").new())
-    if not trained and found["code"] is not None:
-        shutil.rmtree(partial)
-    if found["code"] is None:
-        message = f"{stage['address']} failed on rank {found['rank']}: {found['message']}"
-        help = f"the whole output is in {partial / 'log.txt'}" + (f"; its last line: {log[-1][:200]}" if log else "")
-        return UserError("E0791", message, at=stage["address"], help=help)
-    return UserError(
-        found["code"], found["message"], at=found["at"] or stage["address"], place=found["place"], help=found["help"]
-    )
 
 
 def _record(plan: dict[str, Any]) -> dict[str, Any]:

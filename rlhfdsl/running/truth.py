@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.planning.measured import medians
-from rlhfdsl.running.worker import find_stage, out_of_memory
+from rlhfdsl.running.failure import out_of_memory
+from rlhfdsl.running.worker import find_stage
 
 AT_LEAST = 2  # updates: the first warms up
 

@@ -6,18 +6,21 @@ Started by DeepSpeed's launcher as `python -m rlhfdsl.running.worker`; it reads 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhfdsl.language.diagnostics import UserError, first_line
-from rlhfdsl.running import strict
+from rlhfdsl.running import failure, strict
 from rlhfdsl.running.launcher import die_with_parent
 from rlhfdsl.running.metrics import MetricsWriter
 from rlhfdsl.running.schedule import partial_of
+from rlhfdsl.running.watch import Pulse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,19 +29,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", required=True)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--timeout", type=float, default=1800.0)
     parser.add_argument("--local_rank", type=int, default=0)  # the launcher adds it
     options = parser.parse_args(arguments)
     die_with_parent()
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # where this rank stands, to the log
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
     stage = find_stage(plan, options.stage)
+    directory = partial_of(Path(stage["output"]))
+    rank = int(os.environ.get("RANK", 0))
+    pulse = Pulse(directory, rank)
     try:
-        run_stage(plan, stage, options.base, options.checkpoint)
+        from rlhfdsl.engines import distributed
+
+        distributed.join(plan["target"]["device"], options.timeout)
+        run_stage(plan, stage, options.base, options.checkpoint, pulse)
         from deepspeed import comm
 
         comm.destroy_process_group()
     except Exception as error:
         traceback.print_exc()
-        _leave_error(partial_of(Path(stage["output"])), error)
+        failure.leave(directory, stage, rank, error, pulse.doing)
         # The other ranks may wait for this one in a collective call: leave without joining them.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -47,11 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_stage(
-    plan: dict[str, Any], stage: dict[str, Any], base: Path, checkpoint: Path | None = None
+    plan: dict[str, Any],
+    stage: dict[str, Any],
+    base: Path,
+    checkpoint: Path | None = None,
+    pulse: Callable[[str], None] | None = None,
 ) -> dict[str, float] | None:
     """Run one stage on this rank, in this process. Writes to the stage's partial folder.
 
-    checkpoint: the one to go on from. Returns the evaluation, None when the stage was asked to stop.
+    checkpoint: the one to go on from. pulse: called with what this rank begins to do. Returns the evaluation, None
+    when the stage was asked to stop.
     """
     import logging
 
@@ -73,7 +89,7 @@ def run_stage(
     report = MetricsWriter(directory / "metrics.jsonl") if main_rank else _ignore
     strict.enforce(plan)
     torch.manual_seed(stage["seed"] + 100_003 * distributed.rank())
-    context = Context(plan, stage, base, directory, device, report, checkpoint)
+    context = Context(plan, stage, base, directory, device, report, checkpoint, pulse)
     stages = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo, "rloo": rloo}
     run = stages[stage["kind"]].run
     report("start", stage=stage["address"], world=distributed.world(), device=str(device))
@@ -90,33 +106,6 @@ def run_stage(
 
 def find_stage(plan: dict[str, Any], address: str) -> dict[str, Any]:
     return next(stage for stage in plan["stages"] if stage["address"] == address)
-
-
-def _leave_error(directory: Path, error: Exception) -> None:
-    """error.json for the supervisor. The first rank to fail writes it; what follows from that failure does not."""
-    path = directory / "error.json"
-    if isinstance(error, UserError):
-        found = {"code": error.code, "message": error.message, "at": error.at, "place": error.place, "help": error.help}
-    elif out_of_memory(error):
-        found = {
-            "code": "E0790", "at": None, "place": None,
-            "message": "the device ran out of memory: " + first_line(error),
-            "help": "a smaller `micro`, `gradient_checkpointing = on` or a higher `zero` in the engine's `parallel`",
-        }  # fmt: skip
-    else:
-        found = {"code": None, "message": f"{type(error).__name__}: {error}", "at": None, "place": None, "help": None}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(found | {"rank": int(os.environ.get("RANK", 0))}, file)
-    except FileExistsError:
-        pass
-
-
-def out_of_memory(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
 
 
 def _ignore(event: str, **values: Any) -> None:

@@ -32,6 +32,7 @@ class Context:
     directory: where the stage writes, a folder that becomes the plan's output when the stage is complete.
     report: called as report(event, **numbers) on every rank; only rank 0's calls are kept.
     resume: the checkpoint that the stage goes on from.
+    pulse: called by the engines with what they begin to do, `actor: backward`.
     """
 
     plan: dict[str, Any]
@@ -41,6 +42,7 @@ class Context:
     device: torch.device
     report: Report
     resume: Path | None = None
+    pulse: Callable[[str], None] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -83,7 +85,9 @@ class Context:
         source, revision = self._source(spec["weights"])
         with partitioned(spec["deepspeed"]):
             module = load_model(spec, source, revision=revision, seed=self.seed, device=self.device)
-        return kind(name, spec, module)
+        engine = kind(name, spec, module)
+        engine.pulse = self.pulse or engine.pulse
+        return engine
 
     def reference(self, actor: PolicyEngine) -> PolicyEngine | BasePolicy:
         """The frozen policy `ref` of the plan: an engine of its own, or the actor's base with its adapters off."""

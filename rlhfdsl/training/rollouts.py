@@ -33,6 +33,7 @@ def sample(
         prompt_attention_mask=mask.to(actor.device),
         seeds=row_seeds(seed, rollout, numbers.flatten()).to(actor.device),
     )
+    actor.pulse(f"{actor.name}: sampling")
     return actor.generate(request, sampling)
 
 

@@ -11,6 +11,7 @@ from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Sampling, left_padded
 from rlhfdsl.engines.rollout.sampling import gumbel, row_seeds
+from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.inputs import length_mask
 from rlhfdsl.models.tokenizers import byte_tokenizer
 from rlhfdsl.training.experience import answer_mask, at_answers
@@ -63,6 +64,17 @@ def test_update_equals_plain_adamw_however_the_batch_is_cut(source, zero):
         step = policy.step()
     assert step["lr"] == 1e-3 and step["grad_norm"] > 0.5
     torch.testing.assert_close(weights(policy.module), weights(plain), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_none_ends_the_run(source, zero, what):
+    policy = engine(PolicyEngine, source, spec(zero=zero, grad_clip=1.0))
+    policy.train()
+    loss = nll(policy, some_ids(), LENGTHS, [0, 1, 2, 3], (LENGTHS - 1).sum())
+    policy.backward(loss * 1e38 * 1e38 if what == "loss" else (loss * 0).sqrt())  # d sqrt(x) / dx at 0 is infinite
+    with pytest.raises(UserError, match=f"the {what} of `test` is not finite in its update 1"):
+        policy.step()
 
 
 def test_padding_content_does_not_matter(source):

@@ -2,13 +2,10 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 from pipeline import RECIPE, plan, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -145,44 +142,6 @@ def test_data_that_changed_after_the_plan_leaves_no_half_written_run(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert "pairs.jsonl" in done.stderr and "Traceback" not in done.stderr
     assert not list((tmp_path / "runs").rglob("sft*"))
-
-
-def test_interrupting_ends_all_processes_and_keeps_no_finished_looking_folder(tmp_path):
-    write_recipe(tmp_path, SFT_ONLY.replace("steps = 6", "steps = 100_000"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu", "--gpus", "2"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # A suite that runs in the background of a shell ignores SIGINT and would hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    metrics = tmp_path / "runs/small/sft.partial/metrics.jsonl"
-    deadline = time.time() + 300
-    while time.time() < deadline and not (metrics.exists() and "update" in metrics.read_text()):
-        time.sleep(0.2)
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 3  # the launcher and two ranks
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors and "run the same command" in errors
-    assert not psutil.wait_procs(family, timeout=20)[1]
-    assert not (tmp_path / "runs/small/sft").exists()
-
-
-def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
-    write_recipe(tmp_path, SFT_ONLY.replace("steps = 6", "steps = 100_000"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    metrics = tmp_path / "runs/small/sft.partial/metrics.jsonl"
-    deadline = time.time() + 300
-    while time.time() < deadline and not metrics.exists():
-        time.sleep(0.2)
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 2
-    process.kill()
-    process.wait()
-    assert not psutil.wait_procs(family, timeout=20)[1]
 
 
 def test_the_key_of_a_stage_covers_what_it_learns_from_and_nothing_else(project):

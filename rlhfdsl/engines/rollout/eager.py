@@ -27,6 +27,7 @@ class EagerSampler(Sampler):
         start, size = prompts.shape[1], sampling.at_once or len(prompts)
         answers, log_probs = [], []
         for first in range(0, len(prompts), size):
+            self.engine.pulse(f"{self.engine.name}: sampling")
             part = slice(first, first + size)
             empty = int((mask[part].sum(0) > 0).long().argmax())  # columns that are padding in every row of the part
             draw = _Draw(request.seeds[part], sampling.temperature, start - empty)

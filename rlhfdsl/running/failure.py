@@ -1,0 +1,124 @@
+"""Why a stage ended early: what each rank says of itself, and the one message that is made of it.
+
+Exit codes of `rlhf run` by what happened: EXITS; any other failure is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from rlhfdsl.engines.checkpoint import store
+from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.running.watch import FOLDER, Watch
+
+SHOWN = 4  # ranks that a message names
+DIED, MEMORY, NOT_FINITE, HANGS = "E0791", "E0790", "E0794", "E0795"
+EXITS = {DIED: 4, MEMORY: 5, NOT_FINITE: 6, HANGS: 7}
+
+Json = dict[str, Any]
+
+# What torch says on the ranks that were waiting for one that is gone.
+_PEER_IS_GONE = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket Timeout",
+    "ncclRemoteError", "NCCL communicator was aborted", "Timed out waiting", "recvBytes", "Socket closed",
+)  # fmt: skip
+_LESS_MEMORY = "a smaller `micro`, `gradient_checkpointing = on` or a higher `zero` in the engine's `parallel`"
+
+
+def leave(directory: Path, stage: Json, rank: int, error: Exception, doing: str) -> None:
+    """Write what this rank died of to the stage's folder. doing: what it had begun, `actor: backward`."""
+    engine = doing.partition(":")[0] if doing.partition(":")[0] in stage["engines"] else None
+    found = {"rank": rank, "doing": doing, "peer": False, "code": None, "at": None, "place": None, "help": None}
+    if isinstance(error, UserError):
+        found |= {"code": error.code, "message": error.message, "place": error.place, "help": error.help}
+        found["at"] = engine_address(stage, engine, "lr") if error.code == NOT_FINITE else error.at
+    elif out_of_memory(error):
+        found |= {"code": MEMORY, "message": f"the device ran out of memory: {first_line(error)}", "help": _LESS_MEMORY}
+        found["at"] = engine_address(stage, engine, "parallel")
+    else:
+        found["message"] = f"{type(error).__name__}: {first_line(error)}"
+        found["peer"] = any(text in str(error) for text in _PEER_IS_GONE)
+    folder = directory / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{rank}.error.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory of the device or the host ran out."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+
+
+def engine_address(stage: Json, engine: str | None, setting: str) -> str:
+    """The address in the recipe of a setting of an engine: `stage.ppo.actor.lr`, `stage.sft.lr`."""
+    at: str = stage["address"]
+    if engine is None:
+        return at
+    inner = f".{engine}" if stage["kind"] not in ("sft", "reward", "dpo") or engine == "ref" else ""
+    return f"{at}{inner}.{setting}"
+
+
+def explain(stage: Json, partial: Path, watch: Watch, code: int) -> UserError:
+    """The one message of a stage whose launcher ended with `code`: of the rank that failed, not of those it left."""
+    kept = _kept(partial)
+    killed = watch.killed()
+    if killed is None and not watch.dead and code > 128:
+        # Seen by the launcher alone, which does not say which rank it was: the only one that said nothing.
+        silent = watch.silent()
+        killed = (silent[0] if len(silent) == 1 else -1, 256 - code)
+    # A rank that was killed says nothing; the others then fail in their next collective call, each in its own words.
+    errors = sorted(watch.errors(), key=lambda entry: (entry["code"] is None, entry["peer"]))
+    if errors and (errors[0]["code"] is not None or killed is None):
+        return _said(stage, partial, errors[0], kept)
+    help = f"its output is in {partial / 'log.txt'}"
+    if killed is None:
+        how = f"a rank ended with exit code {code}"
+    else:
+        rank, number = killed
+        how = f"{'a rank' if rank < 0 else f'rank {rank}'} was killed by {_signal(number)}"
+        if number == signal.SIGKILL:
+            help = "the system does so when memory runs out (`dmesg` tells), and so do schedulers; " + help
+    return UserError(DIED, f"{stage['address']}: {how} and left no message", at=stage["address"], help=help + kept)
+
+
+def hangs(stage: Json, partial: Path, watch: Watch) -> UserError:
+    """The message of a stage that made no progress."""
+    message = f"{stage['address']} made no progress for {watch.patience:g} s"
+    stalled = watch.stalled()
+    if stalled:
+        more = f" and {len(stalled) - SHOWN} more" if len(stalled) > SHOWN else ""
+        message += f": {'; '.join(stalled[:SHOWN])}{more}"
+    help = f"where each rank stands is at the end of {partial / 'log.txt'}; `--patience` waits longer"
+    return UserError(HANGS, message, at=stage["address"], help=help + _kept(partial))
+
+
+def _said(stage: Json, partial: Path, entry: Json, kept: str) -> UserError:
+    if entry["code"] is None:
+        message = f"{stage['address']} failed on rank {entry['rank']} at {entry['doing']}: {entry['message']}"
+        help = f"the whole output is in {partial / 'log.txt'}"
+        return UserError(DIED, message, at=stage["address"], help=help + kept)
+    message = entry["message"]
+    if entry["code"] in (MEMORY, NOT_FINITE):
+        message = f"{stage['address']}, rank {entry['rank']}: {message}"
+    at = entry["at"] or stage["address"]
+    return UserError(entry["code"], message, at=at, place=entry["place"], help=(entry["help"] or "") + kept or None)
+
+
+def _kept(partial: Path) -> str:
+    """What a new start goes on from, for the end of a help."""
+    for path in store.all_of(partial / store.FOLDER):
+        manifest = store.read(path)
+        if not isinstance(manifest, str):
+            return f"; the checkpoint after {manifest['update']} of {manifest['of']} is kept"
+    return ""
+
+
+def _signal(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

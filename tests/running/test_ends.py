@@ -1,0 +1,170 @@
+"""How a run ends before its time: a rank that dies or hangs, a signal, a number that is none; and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pipeline import RECIPE, write_recipe
+
+from rlhfdsl.engines.checkpoint import store
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.running import failure
+from rlhfdsl.running.metrics import MetricsFollower
+from rlhfdsl.running.watch import Pulse, Watch
+
+SFT_ONLY = RECIPE[: RECIPE.index("stage reward")].replace("reward = 30%, ppo = 25%", "rest = 55%")
+ENDLESS = SFT_ONLY.replace("steps = 6", "steps = 100_000").replace("log = 1", "log = 1, checkpoint = 20")
+STAGE = {"address": "stage.ppo", "kind": "ppo", "engines": {"actor": {}, "critic": {}}}
+
+
+class Run:
+    """`rlhf run small.rlhf` in a folder, in the background."""
+
+    def __init__(self, folder: Path, *arguments: str):
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        self.partial = folder / "runs/small/sft.partial"
+        self.family: list[psutil.Process] = []
+        self.starts = [found["event"] for found in self.events()].count("start")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu", *arguments],
+            cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # A suite that runs in the background of a shell ignores SIGINT and would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+
+    def events(self) -> list[dict]:
+        return list(MetricsFollower(self.partial / "metrics.jsonl").new())
+
+    def wait_for(self, event: str, count: int = 1) -> None:
+        """Wait until this start wrote `count` such events."""
+        deadline = time.time() + 300
+        while time.time() < deadline and self.process.poll() is None:
+            names = [found["event"] for found in self.events()]
+            if names.count("start") > self.starts:
+                now = names[len(names) - names[::-1].index("start") - 1 :]
+                if now.count(event) >= count:
+                    break
+            time.sleep(0.1)
+        if self.process.poll() is None:
+            self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def rank(self, number: int) -> int:
+        return json.loads((self.partial / "ranks" / f"{number}.json").read_text())["pid"]
+
+    def end(self, timeout: float) -> tuple[int, str]:
+        """The exit code and the messages, when nothing of the run is left."""
+        _, errors = self.process.communicate(timeout=timeout)
+        assert "Traceback" not in errors and not psutil.wait_procs(self.family, timeout=20)[1]
+        return self.process.returncode, errors
+
+    def checkpoints(self) -> list[int]:
+        found = [store.read(path) for path in store.all_of(self.partial / store.FOLDER)]
+        return [manifest["update"] for manifest in found if isinstance(manifest, dict)]
+
+
+def test_two_ranks_meet_every_end(tmp_path):
+    write_recipe(tmp_path, ENDLESS)
+    run = Run(tmp_path, "--gpus", "2")
+    run.wait_for("checkpoint", 2)
+    assert len(run.family) >= 3  # the launcher and two ranks
+    os.kill(run.rank(1), signal.SIGKILL)
+    code, errors = run.end(30)
+    assert code == failure.EXITS["E0791"], errors
+    assert "stage.sft: rank 1 was killed by signal 9 (SIGKILL)" in errors
+    assert "18 | stage sft {" in errors and f"the checkpoint after {run.checkpoints()[0]} of 100000 is kept" in errors
+
+    kept = run.checkpoints()[0]
+    run = Run(tmp_path, "--gpus", "2", "--patience", "5s")
+    run.wait_for("update", 3)
+    assert next(e for e in run.events() if e["event"] == "resume")["update"] == kept
+    os.kill(run.rank(1), signal.SIGSTOP)
+    code, errors = run.end(60)
+    assert code == failure.EXITS["E0795"], errors
+    assert "no progress for 5 s: rank 1 at policy: " in errors
+    assert "its process is stopped; rank 0 at policy: " in errors
+    assert "most recent call first" in (run.partial / "log.txt").read_text()
+
+    run = Run(tmp_path, "--gpus", "2")
+    run.wait_for("update", 3)
+    run.process.send_signal(signal.SIGINT)
+    code, errors = run.end(60)
+    done = run.events()[-1]
+    assert code == 130 and done["event"] == "stopped" and run.checkpoints()[0] == done["update"]
+    assert f"stopped after {done['update']} of 100000 updates, with a checkpoint; run the same command" in errors
+    assert not (tmp_path / "runs/small/sft").exists()
+
+
+def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
+    write_recipe(tmp_path, ENDLESS)
+    run = Run(tmp_path)
+    run.wait_for("start")
+    assert len(run.family) >= 2
+    run.process.kill()
+    run.end(20)
+
+
+def leave(folder: Path, rank: int, error: Exception, doing: str) -> None:
+    failure.leave(folder, STAGE, rank, error, doing)
+
+
+def explained(folder: Path, code: int = 1, **dead: int) -> UserError:
+    watch = Watch(folder, 60)
+    watch.dead = {int(rank[1:]): status for rank, status in dead.items()}
+    return failure.explain(STAGE, folder, watch, code)
+
+
+def test_memory_that_ran_out_names_the_rank_and_the_engine(tmp_path):
+    leave(tmp_path, 0, RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:123"), "actor: backward")
+    leave(tmp_path, 1, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "critic: backward")
+    error = explained(tmp_path)
+    assert error.code == "E0790" and error.at == "stage.ppo.critic.parallel"
+    assert "rank 1: the device ran out of memory: CUDA out of memory. Tried to allocate 2 GiB" in error.message
+
+
+def test_a_rank_that_is_gone_is_named_and_not_those_that_waited_for_it(tmp_path):
+    leave(tmp_path, 0, RuntimeError("[gloo] Connection reset by peer"), "actor: step")
+    error = explained(tmp_path, r0=1, r1=-signal.SIGKILL)
+    assert error.code == "E0791" and "rank 1 was killed by signal 9 (SIGKILL)" in error.message
+    error = explained(tmp_path, 256 - signal.SIGSEGV)  # nobody saw which
+    assert "a rank was killed by signal 11 (SIGSEGV)" in error.message
+
+
+def test_a_number_that_is_none_points_at_the_rate(tmp_path):
+    leave(tmp_path, 1, UserError("E0794", "the loss of `actor` is not finite in its update 3"), "actor: step")
+    error = explained(tmp_path)
+    assert (error.code, error.at) == ("E0794", "stage.ppo.actor.lr") and failure.EXITS[error.code] == 6
+
+
+def test_a_mistake_of_the_user_comes_first_and_keeps_its_place(tmp_path):
+    leave(tmp_path, 0, RuntimeError("Broken pipe"), "actor: step")
+    leave(tmp_path, 1, UserError("E0801", "no such file", at="data.own.from", place="x:3", help="mend it"), "starting")
+    error = explained(tmp_path)
+    assert (error.code, error.at, error.place, error.help) == ("E0801", "data.own.from", "x:3", "mend it")
+
+
+@pytest.mark.parametrize("signs", [0, 2])
+def test_a_stage_hangs_when_no_rank_gives_a_sign(tmp_path, signs):
+    for rank in range(signs):
+        Pulse(tmp_path, rank)(f"actor: part {rank}")
+        os.utime(tmp_path / "ranks" / f"{rank}.json", (1, 100 - rank))
+    watch = Watch(tmp_path, patience=10)
+    assert watch.hangs() == bool(signs)
+    watch.started -= 3601
+    assert watch.hangs() and watch.stalled() == ["rank 1 at actor: part 1", "rank 0 at actor: part 0"][:signs]
+    Pulse(tmp_path, 0)("actor: step")
+    assert not watch.hangs()
+
+
+def test_a_pulse_is_written_at_most_once_a_second(tmp_path):
+    pulse = Pulse(tmp_path, 0)
+    pulse("a: forward")
+    pulse("a: backward")
+    assert json.loads(pulse.path.read_text())["doing"] == "a: forward" and pulse.doing == "a: backward"
