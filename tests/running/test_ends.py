@@ -31,7 +31,7 @@ class Run:
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         self.partial = folder / "runs/small/sft.partial"
         self.family: list[psutil.Process] = []
-        self.starts = [found["event"] for found in self.events()].count("start")
+        self.started = time.time()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu", *arguments],
             cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
@@ -47,11 +47,9 @@ class Run:
         """Wait until this start wrote `count` such events."""
         deadline = time.time() + 300
         while time.time() < deadline and self.process.poll() is None:
-            names = [found["event"] for found in self.events()]
-            if names.count("start") > self.starts:
-                now = names[len(names) - names[::-1].index("start") - 1 :]
-                if now.count(event) >= count:
-                    break
+            now = [found for found in self.events() if found["time"] >= self.started]
+            if [found["event"] for found in now].count(event) >= count:
+                break
             time.sleep(0.1)
         if self.process.poll() is None:
             self.family = psutil.Process(self.process.pid).children(recursive=True)
