@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhfdsl.planning import escape
+from rlhfdsl.planning.lock import SEMANTICS
 
 Json = dict[str, Any]
 
@@ -44,6 +45,7 @@ def decisive(plan: Json, stage: Json, upstream: Mapping[str, str]) -> Json:
     if batch.get("ptx") is not None:
         batch["ptx"] = {"batch": batch["ptx"]["batch"]}
     return {
+        "semantics": SEMANTICS,
         "kind": stage["kind"],
         "seed": stage["seed"],
         "settings": {name: value for name, value in stage["settings"].items() if name not in _INTERVALS},

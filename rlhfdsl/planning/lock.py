@@ -21,7 +21,7 @@ from rlhfdsl.language.diagnostics import UserError
 
 VERSION = 1
 NAME = "rlhf.lock"
-SEMANTICS = 1  # raise it when the same recipe and data give other rows or another plan than before
+SEMANTICS = 1  # raise it when the same recipe and data give other rows, another plan or another result than before
 PACKAGES = ("rlhfdsl", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy")
 WHOLE = 16 << 20  # bytes: of larger files a plan looks at the ends alone, and a run at everything
 END = 1 << 20
