@@ -47,12 +47,15 @@ class _TokenStatistics(torch.autograd.Function):
         log_probs = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
         entropy, norm = torch.empty_like(log_probs), torch.empty_like(log_probs)
         for part in _chunks(len(targets), logits.shape[-1]):
-            x = _rows(logits, rows, part, temperature)
-            norm[part] = x.logsumexp(-1)
-            log_probs[part] = x.gather(1, targets[part].unsqueeze(1)).squeeze(1) - norm[part]
-            x -= norm[part].unsqueeze(1)
+            chosen = _rows(logits, rows, part)
+            if temperature != 1:
+                chosen = chosen.float() / temperature
+            every = chosen.log_softmax(-1, dtype=torch.float32)
+            target = targets[part].unsqueeze(1)
+            log_probs[part] = every.gather(1, target).squeeze(1)
+            norm[part] = chosen.gather(1, target).squeeze(1).float() - log_probs[part]
             # 0 for tokens that a mask put at -inf: in the limit p log p is 0 there.
-            entropy[part] = -(x.exp() * x.clamp(min=_LEAST)).sum(-1)
+            entropy[part] = -torch.linalg.vecdot(every.exp(), every.clamp_(min=_LEAST))
         ctx.save_for_backward(logits, targets, rows, norm, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -63,19 +66,25 @@ class _TokenStatistics(torch.autograd.Function):
         logits, targets, rows, norm, entropy = ctx.saved_tensors
         gradient = torch.empty_like(logits) if rows is None else torch.zeros_like(logits)
         for part in _chunks(len(targets), logits.shape[-1]):
-            x = _rows(logits, rows, part, ctx.temperature) - norm[part].unsqueeze(1)
-            p = x.exp()
-            d = torch.zeros_like(p)
+            x = _rows(logits, rows, part).to(torch.float32, copy=True)
+            if ctx.temperature != 1:
+                x /= ctx.temperature
+            x -= norm[part].unsqueeze(1)
+            if of_entropy is None:
+                d = x.exp_().mul_(-of_log_probs[part].unsqueeze(1))
+            else:
+                d = -of_entropy[part].unsqueeze(1) * (x.clamp(min=_LEAST) + entropy[part].unsqueeze(1))
+                if of_log_probs is not None:
+                    d -= of_log_probs[part].unsqueeze(1)
+                d *= x.exp_()
             if of_log_probs is not None:
-                d = p * -of_log_probs[part].unsqueeze(1)
                 d.scatter_add_(1, targets[part].unsqueeze(1), of_log_probs[part].unsqueeze(1))
-            if of_entropy is not None:
-                d -= of_entropy[part].unsqueeze(1) * p * (x.clamp(min=_LEAST) + entropy[part].unsqueeze(1))
-            d = (d / ctx.temperature).to(logits.dtype)
+            if ctx.temperature != 1:
+                d /= ctx.temperature
             if rows is None:
                 gradient[part] = d
             else:
-                gradient.index_copy_(0, rows[part], d)
+                gradient.index_copy_(0, rows[part], d.to(logits.dtype))
         return gradient, None, None, None
 
 
@@ -84,10 +93,9 @@ def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 
-def _rows(logits: Tensor, rows: Tensor | None, part: slice, temperature: float) -> Tensor:
-    """A chunk of logits / temperature, fp32, in memory of its own."""
-    chosen = logits[part] if rows is None else logits.index_select(0, rows[part])
-    return chosen.float() / temperature
+def _rows(logits: Tensor, rows: Tensor | None, part: slice) -> Tensor:
+    """The logits of a chunk of targets."""
+    return logits[part] if rows is None else logits.index_select(0, rows[part])
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -69,9 +69,10 @@ class TextReward:
 
     def __call__(self, answers: Answers) -> Tensor:
         prompts, texts = [], []
-        for ids, start, end in zip(answers.ids, answers.prompt_lengths, answers.lengths, strict=True):
-            prompts.append(self.decode(ids[:start].tolist()))
-            texts.append(self.decode(ids[start:end].tolist()))
+        columns = (answers.ids.tolist(), answers.prompt_lengths.tolist(), answers.lengths.tolist())
+        for ids, start, end in zip(*columns, strict=True):
+            prompts.append(self.decode(ids[:start]))
+            texts.append(self.decode(ids[start:end]))
         try:
             given = self.function(list(prompts), list(texts))
         except UserError as error:
