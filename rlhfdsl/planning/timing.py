@@ -19,7 +19,7 @@ from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Placement
 from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 
-LOSS_BYTES = 80  # for each logit: copies, fp32 and its softmax, forward, recomputed and backward
+LOSS_BYTES = 80  # for each logit: written, log-softmax and entropy in fp32, softmax again and its gradient
 UPDATE_BYTES = 28  # for each parameter: gradient, master weight and two moments read, the last three written
 GRAPH_LAYER = 0.055e-3  # seconds: of a captured decode step, a layer's beyond its bytes (H100: OPT-1.3B at 16 to 256)
 ADAPTER = 0.14  # of the launches of a layer, for each adapter in it (OPT and Llama under peft, counted in CPU time)
