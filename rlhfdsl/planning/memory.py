@@ -167,8 +167,8 @@ def activations(
     To train every layer keeps its set (`layer_tokens`); with checkpointing a layer keeps its input, and one layer at
     a time is whole. Without training one layer's set is the peak.
 
-    The output of a causal model adds, for each token, vocab x e: the logits; to train as much again, their gradient. The
-    loss makes its fp32 copy in chunks of CHUNK bytes, of which three live at once.
+    The output of a causal model adds, for each token, vocab x e: the logits; to train as much again, their gradient.
+    The loss makes its fp32 copy in chunks of CHUNK bytes, of which three live at once.
     """
     e, tokens = BYTES[dtype], sequences * length
     layer = layer_tokens(s, length, dtype, eager, lora if trains else None)
