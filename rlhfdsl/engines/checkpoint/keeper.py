@@ -205,6 +205,10 @@ def _save_engine(engine: Engine, folder: Path, tag: str, files: Files) -> None:
         )
     finally:
         engine.deepspeed.checkpoint_engine = held
+    # DeepSpeed copies what it keeps on NVMe by itself; the ranks share the reading of it.
+    copied = sorted(path for path in (folder / tag / "offloaded_tensors").rglob("*") if path.is_file())
+    for path in copied[distributed.rank() :: distributed.world()]:
+        files.adopt(path)
 
 
 def _load_engine(engine: Engine, checkpoint: Path, name: str) -> None:

@@ -81,6 +81,18 @@ class Files:
             return
         self.entries[path.relative_to(self.folder).as_posix()] = Entry(hashed.bytes, hashed.sha256.hexdigest())
 
+    def adopt(self, path: Path) -> None:
+        """List a file that something else wrote into the checkpoint, and force it to the disk."""
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                size = os.fstat(file.fileno()).st_size
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            self._failed(error)
+            return
+        self.entries[path.relative_to(self.folder).as_posix()] = Entry(size, digest)
+
     def _failed(self, error: Exception) -> None:
         text = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         self.problem = self.problem or text
