@@ -25,7 +25,8 @@ _FIRST_STEPS = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 ok, 1 an error of recipe or run, 2 usage or I/O, 3 a bug here, 130 interrupted."""
+    """Run a command; 0 ok, 1 an error of recipe or run, 2 usage or I/O, 3 a bug here, 130 interrupted;
+    more of `rlhf run` in docs/resume.md."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = bool(os.environ.get("RLHF_DEBUG"))
     if "--debug" in arguments:

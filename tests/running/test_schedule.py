@@ -1,4 +1,4 @@
-"""What a run does with each stage: cached, resumed, run again or refused, with the reason; nothing is lost on the way."""
+"""What a run does with each stage: cached, resumed, run again or refused, with the reason; nothing is lost."""
 
 import json
 import shutil
