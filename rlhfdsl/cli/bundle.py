@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, default=saved.LIMIT >> 20, metavar="MIB", help="most local data (default: %(default)s)"
     )
+    parser.add_argument("--run", type=Path, metavar="RUN", help="add the metrics and hashes of this run of it")
     parser.add_argument("--open", type=Path, metavar="FOLDER", help="verify a bundle and unpack it to a new folder")
 
 
@@ -44,8 +45,14 @@ def run(args: argparse.Namespace) -> int:
     validate_plan(plan)
     try:
         places.confined(plan)
+        record = None
+        if args.run is not None:
+            from rlhfdsl.running.record import collect
+
+            record = collect(plan, args.run)
+        limit = max(0, args.limit) << 20
         data = saved.make(
-            saved.BUNDLE, recipe, plan, planned.locked, target, compiled_with(args), max(0, args.limit) << 20
+            saved.BUNDLE, recipe, plan, planned.locked, target, compiled_with(args), limit, record
         )
         output.write_bytes(data)
     except UserError as error:

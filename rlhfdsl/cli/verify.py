@@ -7,11 +7,15 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rlhfdsl.cli.common import ERROR, OK, say, show_user_error
+from rlhfdsl.cli.common import ERROR, OK, fail, say, show_user_error
 from rlhfdsl.cli.planned import go_offline
 from rlhfdsl.language import UserError
 from rlhfdsl.language.terminal import visible
+
+if TYPE_CHECKING:
+    from rlhfdsl.running.verify import Agreement
 
 HELP = "execute a finished run again in a scratch folder; the level of agreement and the first difference"
 _LEVELS = ("inputs", "batches", "metrics", "bits")
@@ -27,6 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--level", choices=_LEVELS, default="bits", help="what has to agree for exit code 0 (default: bits, the most)"
     )
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="compare with the record in this bundle and execute nothing"
+    )
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="folder of the inputs (default: as the run noted)")
     parser.add_argument("--offline", action="store_true", help="use no network")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
@@ -36,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Execute, compare and tell."""
     go_offline(args)
     if args.updates is not None and args.updates < 1:
-        raise SystemExit("rlhf: --updates takes a number from 1")
+        fail("--updates takes a number from 1")
     from rlhfdsl.running.supervisor import Interrupted
     from rlhfdsl.running.verify import verify
 
@@ -45,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
             say(f"{stage['address']} is executed again")
 
     try:
-        found = verify(args.run, args.base, show, stages=args.stage, updates=args.updates)
+        if args.against is not None:
+            found = _against(args)
+        else:
+            found = verify(args.run, args.base, show, stages=args.stage, updates=args.updates)
     except UserError as error:
         return show_user_error(error)
     except Interrupted as stop:
@@ -62,11 +72,20 @@ def run(args: argparse.Namespace) -> int:
     return OK if enough else ERROR
 
 
-def told(one: object) -> str:
-    """A stage's agreement in words."""
-    from rlhfdsl.running.verify import Agreement
+def _against(args: argparse.Namespace) -> list[Agreement]:
+    from rlhfdsl.cli.saving import read_saved
+    from rlhfdsl.running.record import against
 
-    assert isinstance(one, Agreement)
+    if args.stage or args.updates is not None or args.base is not None:
+        fail("--against executes nothing, so it goes with none of --stage, --updates and --base")
+    held = read_saved(args.against, valid=False)
+    if not held.record:
+        fail(f"{args.against} has no record of a run; `rlhf bundle RECIPE --run RUN` adds one")
+    return against(args.run, held.record, args.against.name)
+
+
+def told(one: Agreement) -> str:
+    """A stage's agreement in words."""
     reached = {
         "inputs": "the same plan and inputs", "batches": "the same batches", "metrics": "the same metrics",
         "bits": "the same bits of the weights",

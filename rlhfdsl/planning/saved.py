@@ -3,6 +3,7 @@
     plan.json      what a run executes
     rlhf.lock      the facts that the plan rests on, and no others
     files/…        the recipe with everything that it includes; in a bundle also the local data that the lock pins
+    record/…       on request, the metrics and hashes of a run of the bundle
 
 A reader does not believe plan.json: the recipe, the lock and the target must give that plan again.
 """
@@ -26,7 +27,7 @@ from rlhfdsl.planning.hardware import Target
 
 PLAN, BUNDLE = "plan", "bundle"
 LIMIT = 64 << 20  # bytes of local inputs that go into a bundle unless more is asked for
-_FILES = "files/"
+_FILES, _RECORD = "files/", "record/"
 _TYPED = re.compile(r"-p \w+|--set( #\d+)?")  # sources that were typed, and stand among the options
 _SHOWN = 6  # differences
 _TOKEN = re.compile(
@@ -48,6 +49,7 @@ class Saved:
     digest: str
     recipe: str
     files: Mapping[str, bytes]
+    record: Mapping[str, bytes]  # of a run, by `STAGE/result.json` and `STAGE/metrics.jsonl`
 
 
 def make(
@@ -58,12 +60,13 @@ def make(
     target: Target,
     options: Mapping[str, Any],
     limit: int = LIMIT,
+    record: Mapping[str, bytes] | None = None,
 ) -> bytes:
     """The bytes of a saved plan or, with `kind` BUNDLE, of a bundle with its local inputs of at most `limit` bytes.
 
-    options: how the recipe was compiled: {"params", "profile", "sets", "fit"}. Equal arguments and files give equal
-    bytes, wherever they lie. Raises UserError for facts that are missing, inputs that are too large, have changed or
-    are named by an absolute path, and for anything that looks like a secret.
+    options: how the recipe was compiled: {"params", "profile", "sets", "fit"}. record: of a run. Equal arguments and
+    files give equal bytes, wherever they lie. Raises UserError for facts that are missing, inputs that are too large,
+    have changed or are named by an absolute path, and for anything that looks like a secret.
     """
     missing = lock.missing(plan)
     if missing:
@@ -89,6 +92,7 @@ def make(
     }
     entries = {"plan.json": _text(plan), lock.NAME: _text(subset, order=True)}
     entries |= {_FILES + name: data for name, data in files.items()}
+    entries |= {_RECORD + name: data for name, data in (record or {}).items()}
     _check_secrets({**entries, archive.MANIFEST: _text(about)})
     return archive.pack(kind, plan["generator"], about, entries)
 
@@ -110,10 +114,13 @@ def read(data: bytes, name: str) -> Saved:
         whole = False
     if not whole:
         raise archive.unusable(name, "is neither a saved plan nor a bundle")
-    files = {entry.removeprefix(_FILES): d for entry, d in held.entries.items() if entry.startswith(_FILES)}
-    if len(files) + 2 != len(held.entries):
+    files, record = (
+        {entry.removeprefix(part): data for entry, data in held.entries.items() if entry.startswith(part)}
+        for part in (_FILES, _RECORD)
+    )
+    if len(files) + len(record) + 2 != len(held.entries):
         raise archive.unusable(name, "holds files that are no part of a saved plan or bundle")
-    return Saved(held.kind, plan, locked, held.about, held.generator, held.digest, recipe, files)
+    return Saved(held.kind, plan, locked, held.about, held.generator, held.digest, recipe, files, record)
 
 
 def unfold(saved: Saved, folder: Path) -> Path:
