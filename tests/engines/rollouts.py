@@ -13,7 +13,6 @@ from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_p
 from rlhfdsl.engines.rollout.sampling import row_seeds
 from rlhfdsl.models.lora import add_adapters
 from rlhfdsl.training.experience import answer_mask, at_answers
-from rlhfdsl.training.losses import selected_log_probs
 
 VOCAB = 259
 PROMPTS = [[10, 20, 30], [7], [1, 2, 3, 4, 5, 6, 7, 8], [200, 100], list(range(30, 47))]
@@ -115,7 +114,8 @@ def judged(engine: HybridEngine, sampler) -> parity.Parity:
     mask = answer_mask(prompt_lengths, lengths)
     engine.eval()  # GPT-2's configuration has dropout
     with torch.no_grad():
-        scored = selected_log_probs(engine.logits(ids, lengths)[:, :-1], ids[:, 1:], 0.7)
+        scored = (engine.logits(ids, lengths)[:, :-1].float() / 0.7).log_softmax(-1)
+    scored = scored.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
     scored = at_answers(scored, prompt_lengths, mask)
     width = mask.shape[1]
     eager = EagerSampler(engine).log_probs(rollout, 0.7)
