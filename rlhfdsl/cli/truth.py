@@ -89,8 +89,8 @@ GRID = (
     replace(_PPO, model="1.3b", other="1.3b", checkpointing=True),
     replace(_PPO, model="6.7b", lora=16, checkpointing=True, micro=4),
 )  # fmt: skip
-# One iteration of 256 + 256 tokens with critics and reward models mostly of 350M: the sizes of DeepSpeed-Chat's first row,
-# and the largest actors of one 80 GB GPU.
+# One iteration of 256 + 256 tokens: DeepSpeed-Chat's first row, a grouped-query model, and the largest actors of one
+# 80 GB GPU.
 PPO = (
     replace(_PPO, model="1.3b", other="350m", batch=128, micro=16),
     replace(_PPO, model="1.3b", other="350m", batch=16, micro=16),
