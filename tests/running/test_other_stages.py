@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from pipeline import plan, run_here, write_recipe
+from pipeline import plan, run_broken, run_here, write_recipe
 from transformers import AutoModelForCausalLM
 
 from rlhfdsl.data.order import batch_rows
@@ -156,3 +156,16 @@ def test_a_critic_free_stage_leaves_its_policy_and_its_numbers(folder, stage):
     assert events(folder, stage, "invariants")[0]["invariant_ratio"] < 1e-6
     assert events(folder, stage, "eval")[1]["eval_kl"] > 0
     assert ("ptx_loss" in updates[0]) == (stage == "grpo") == (folder / stage / "actor-ema").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_broken_off_ends_with_the_same_bits(tmp_path):
+    """Each stage after its second update; the reference that was read beforehand is found again."""
+    longer = RECIPE.replace("steps = 1,", "steps = 4,").replace("rollouts = 2", "rollouts = 3")
+    path = write_recipe(tmp_path, longer.replace("steps = 2, batch = 4", "steps = 3, batch = 4"))
+    (tmp_path / "rewards.py").write_text(BREVITY)
+    run_here(plan(path, f'recipe.output="{tmp_path}/whole"'), tmp_path)
+    run_broken(plan(path, f'recipe.output="{tmp_path}/broken"'), tmp_path, 2)
+    for made in ("dpo/model", "early/model", "grpo/actor", "grpo/actor-ema", "rloo/actor"):
+        whole, broken = (tmp_path / run / made / "model.safetensors" for run in ("whole", "broken"))
+        assert whole.read_bytes() == broken.read_bytes(), made
