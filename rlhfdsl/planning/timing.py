@@ -23,6 +23,7 @@ LOSS_BYTES = 80  # for each logit: written, log-softmax and entropy in fp32, sof
 UPDATE_BYTES = 28  # for each parameter: gradient, master weight and two moments read, the last three written
 GRAPH_LAYER = 0.055e-3  # seconds: of a captured decode step, a layer's beyond its bytes (H100: OPT-1.3B at 16 to 256)
 ADAPTER = 0.14  # of the launches of a layer, for each adapter in it (OPT and Llama under peft, counted in CPU time)
+BESIDE = 6  # elements read or written for each output of a layer with an adapter: its own written, scaled, added
 SUM_BYTES = 10  # for each parameter and micro batch: a gradient added to its fp32 sum
 
 
@@ -138,6 +139,10 @@ class _Clock:
         micros = sequences / (self.placed.micro * need.sequences)
         launch = forwards * micros * self.layers * self.rates.forward
         out = max(compute, launch)
+        if need.lora is not None and need.lora.layers is not None:
+            outputs = self.shape.layers * sum(layer.outputs for layer in need.lora.layers)
+            times = 1 + (self.placed.checkpointing + 2 / BESIDE if train else 0)  # scaling has a backward
+            out += times * tokens * outputs * BESIDE * self.width / self.rates.copy
         if self.causal:
             out += tokens * self.shape.vocab * (LOSS_BYTES if train else LOSS_BYTES / 4) / self.rates.copy
         shared = self.target.world if self.placed.zero >= 2 else 1

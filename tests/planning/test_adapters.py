@@ -15,9 +15,12 @@ from rlhfdsl.planning import compile, hardware, keys, lock, places
 from rlhfdsl.planning.adapters import Lora, chosen, linears
 from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.families import FAMILIES, GATED
+from rlhfdsl.planning.fit import fit
+from rlhfdsl.planning.layout import Need
 from rlhfdsl.planning.memory import layer_tokens, states
 from rlhfdsl.planning.render import layout
 from rlhfdsl.planning.render import render as plan_text
+from rlhfdsl.planning.timing import Supervised, seconds
 from rlhfdsl.planning.validate import validate_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +162,24 @@ parallel p { zero = 3 }
     zero = shop.plan(text, gpus(2))["stages"][0]["engines"]["policy"]["deepspeed"]["zero_optimization"]
     trained = 24 * 16 * (4 * 4096 + 2 * (2048 + 8192))
     assert zero["reduce_bucket_size"] == trained and zero["stage3_prefetch_bucket_size"] == 50_000_000
+
+
+def test_a_training_step_by_hand():
+    """Forward and backward take as much each, since frozen weights have no gradient; adapters read and write beside."""
+    entry = shape(lookup("facebook/opt-1.3b"))
+    layers = linears(entry)
+    count = entry.layers * sum(16 * (layer.inputs + layer.outputs) for layer in layers)
+    need = Need(
+        "policy", entry, parameters(entry) + count, "none", "bf16", False, True, 8, 1, 512, 1, "off", True, 8, False,
+        trained=count, lora=Lora({"rank": 16, "dropout": 0.0}, layers, count),
+    )  # fmt: skip
+    one = gpus(1)
+    rates, tokens = one.rates("bf16"), 8 * 512
+    passes = 3 * tokens * (2 * need.count + 4 * 24 * 2048 * 512) / (rates.matmul * rates.train)  # one recomputes
+    beside = (2 + 1 / 3) * tokens * 24 * (5 * 2048 + 8192) * 6 * 2
+    moved = beside + tokens * 50272 * 80 + (10 + 28) * count
+    placed = fit([need], None, one)
+    assert seconds(placed, Supervised(512), one) == {"train": pytest.approx(passes + moved / rates.copy)}
 
 
 def test_lora_is_named_where_nothing_else_fits(shop):
