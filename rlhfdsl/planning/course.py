@@ -137,3 +137,12 @@ def held_policy(problems: Problems, at: str, stage: Block, reference: Reference)
             notes=["the KL is not 0 before the first update"],
             help="leave `ref` out to hold the policy near its start",
         )  # fmt: skip
+
+
+def rollout_engine(problems: Problems, at: str, asked: str, chosen: Mapping[str, Any]) -> None:
+    """A rollout engine that the recipe names and the actor cannot have."""
+    if asked == "graph" and chosen["engine"] != "graph":
+        problems.report(
+            "E0716", f"the actor cannot sample with `engine = graph`: {chosen['reason']}", f"{at}.rollout.engine",
+            help="engine = eager, or leave it out: auto takes the fastest that there is",
+        )  # fmt: skip

@@ -133,6 +133,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
         for part in parts
     }
     built["actor"]["rollout"] = sampler(model, placed, scope.target, rollout)
+    course.rollout_engine(scope.problems, at, rollout["engine"], built["actor"]["rollout"])
     return {
         "address": at, "kind": kind, "needs": list(needs), "output": output,
         "seed": seed_of(scope.recipe.block["seed"], at), "artifacts": artifacts, "edges": edges,

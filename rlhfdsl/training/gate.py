@@ -16,7 +16,8 @@ from rlhfdsl.data.edge import Prompt
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.rollout import parity
 from rlhfdsl.engines.rollout.eager import EagerSampler
-from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.engines.rollout.interface import Rollout
+from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.training import rollouts
 from rlhfdsl.training.experience import as_answers
 from rlhfdsl.training.micro import micro_parts
@@ -35,30 +36,51 @@ def pass_gate(trainer: OnPolicy, prompts: Sequence[Prompt]) -> dict[str, Any]:
     stage reports: engine, reason, and the differences in nats. Raises UserError E0783 where the recipe says
     `on_mismatch = stop`.
     """
-    actor, settings = trainer.engines.actor, trainer.settings["rollout"]
+    actor = trainer.engines.actor
     if actor.sampler.name == "eager":
         return {"engine": "eager", "reason": actor.rollout_reason}
-    found = _compare(trainer, prompts)
-    holds = distributed.all_sum(torch.tensor(float(found.holds), device=trainer.device)) == distributed.world()
+    sampled, failure = _sampled(trainer, prompts)
+    if not _everywhere(trainer, failure is None):
+        return _refuse(trainer, f"cannot sample here: {failure or 'so another rank says'}", {})
+    found = _compare(trainer, sampled)
     differences = {"rollout_mean": found.rollout_mean, "rollout_p99": found.rollout_p99,
                    "eager_mean": found.eager_mean, "eager_p99": found.eager_p99}  # fmt: skip
-    if holds:
-        return {"engine": actor.sampler.name, "reason": actor.rollout_reason, **differences}
+    if not _everywhere(trainer, found.holds):
+        return _refuse(trainer, f"does not sample from the policy that is trained: {found}", differences)
+    return {"engine": actor.sampler.name, "reason": actor.rollout_reason, **differences}
+
+
+def _everywhere(trainer: OnPolicy, holds: bool) -> bool:
+    """Whether it holds on every rank."""
+    return bool(distributed.all_sum(torch.tensor(float(holds), device=trainer.device)) == distributed.world())
+
+
+def _refuse(trainer: OnPolicy, why: str, differences: dict[str, float]) -> dict[str, Any]:
+    actor = trainer.engines.actor
     refused = actor.sampler.name
-    if settings["on_mismatch"] == "stop":
+    if trainer.settings["rollout"]["on_mismatch"] == "stop":
         raise UserError(
-            "E0783", f"the rollout engine `{refused}` does not sample from the policy that is trained: {found}",
+            "E0783", f"the rollout engine `{refused}` {why}",
             help="`engine = eager` in the `rollout` block samples with the model's own `generate`",
         )  # fmt: skip
-    actor.fall_back(f"`{refused}` did not pass the parity gate: {found}")
+    actor.fall_back(f"`{refused}` {why}")
     return {"engine": actor.sampler.name, "reason": actor.rollout_reason, "refused": refused, **differences}
 
 
-def _compare(trainer: OnPolicy, prompts: Sequence[Prompt]) -> parity.Parity:
-    actor = trainer.engines.actor
+def _sampled(trainer: OnPolicy, prompts: Sequence[Prompt]) -> tuple[Rollout | None, str | None]:
+    """A batch of answers, or why there is none: a machine without a compiler, say, on which no kernel can be made."""
     chosen = [prompts[i % len(prompts)] for i in range(min(trainer.at_once, max(len(prompts), ROWS)))]
-    whole = trainer.sample(chosen, list(range(len(chosen))), GATE, 1)
-    sampled = parity.first_tokens(parity.some_rows(whole, ROWS), TOKENS)
+    try:
+        return trainer.sample(chosen, list(range(len(chosen))), GATE, 1), None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever Triton, torch.compile or a model's own code says
+        return None, first_line(error)
+
+
+def _compare(trainer: OnPolicy, rollout: Rollout) -> parity.Parity:
+    actor = trainer.engines.actor
+    sampled = parity.first_tokens(parity.some_rows(rollout, ROWS), TOKENS)
     eager = EagerSampler(actor).log_probs(sampled, trainer.temperature)
     answers = as_answers(sampled, trainer.pad_id)
     actor.eval()

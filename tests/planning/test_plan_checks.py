@@ -399,3 +399,14 @@ def test_rows_that_are_cut_or_dropped(shop):
         ("W0706", "26 of 100 sequences are cut at 128 tokens"),
         ("W0706", "101 of 201 rows are dropped"),
     ]
+
+
+def test_a_rollout_engine_that_a_type_cannot_have(shop):
+    """BLOOM's attention is its own; left to itself the plan takes `generate` and says why."""
+    text = PIPELINE.replace("model.tiny", "model.b") + 'model b { from = "bigscience/bloom-560m", attention = eager }\n'
+    text = text.replace("rollout {", "rollout { engine = graph,")
+    code, message, help = said(shop.problem(text, gpus(1)))
+    assert code == "E0716" and "alibi" in message and help.startswith("engine = eager")
+    planned = shop.plan(text.replace("engine = graph,", ""), gpus(1))
+    (stage,) = (s for s in planned["stages"] if s["kind"] == "ppo")
+    assert stage["engines"]["actor"]["rollout"]["engine"] == "eager"

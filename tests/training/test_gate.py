@@ -40,10 +40,21 @@ def test_a_wrong_engine_is_replaced(source, wrong_position):
     one = with_graph(source)
     found = pass_gate(one, prompts())
     assert found["engine"] == "eager" and found["refused"] == "graph" and found["rollout_mean"] > 1e-3
-    assert one.engines.actor.sampler.name == "eager" and "parity gate" in one.engines.actor.rollout_reason
+    assert one.engines.actor.sampler.name == "eager" and "does not sample" in one.engines.actor.rollout_reason
 
 
 def test_or_ends_the_stage(source, wrong_position):
     with pytest.raises(UserError, match="does not sample from the policy") as raised:
         pass_gate(with_graph(source, on_mismatch="stop"), prompts())
     assert raised.value.code == "E0783"
+
+
+def test_an_engine_that_cannot_be_built_is_replaced(source, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no C compiler\nand a long trace")
+
+    monkeypatch.setattr(GraphSampler, "_step", fail)
+    one = with_graph(source)
+    found = pass_gate(one, prompts())
+    assert found == {"engine": "eager", "refused": "graph", "reason": "`graph` cannot sample here: no C compiler"}
+    one.generate_experience(prompts(), [0, 1, 2, 3])
