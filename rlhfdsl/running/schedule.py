@@ -103,6 +103,8 @@ def settle(stage: Json, action: Action) -> Path | None:
         if action.folder != output and action.folder is not None:
             _aside(output, "")
             action.folder.rename(output)
+        # A run that was killed right after it finished the stage had no time to remove them.
+        shutil.rmtree(output / store.FOLDER, ignore_errors=True)
         return None
     if action.misfit is not None and action.do != "resume":
         raise UserError(

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -67,8 +67,8 @@ class Files:
             return
         hashed: _Hashed | None = None
         try:
-            with path.open("wb") as file:
-                hashed = _Hashed(file)
+            with ThreadPoolExecutor(1) as beside, path.open("wb") as file:
+                hashed = _Hashed(file, beside)
                 fill(hashed)  # type: ignore[arg-type]  # torch.save asks for `write` and `flush` alone
                 file.flush()
                 os.fsync(file.fileno())
@@ -101,20 +101,26 @@ class Files:
 class _Hashed:
     """A file that only takes bytes, and knows what it took."""
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file: IO[bytes], beside: Executor):
         self.file = file
+        self.beside = beside  # where large pieces are hashed while they are written
         self.bytes = 0
         self.sha256 = hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         """Take all of `data`."""
+        hashing = self.beside.submit(self.sha256.update, data) if len(data) >= CHUNK else None
         try:
             self.file.write(data)
         except OSError as error:
             self.error = error
             raise
-        self.sha256.update(data)
+        finally:
+            if hashing is not None:
+                hashing.result()  # `data` is torch's own memory, and only until this returns
+        if hashing is None:
+            self.sha256.update(data)
         self.bytes += len(data)
         return len(data)
 
