@@ -66,7 +66,7 @@ def explain(stage: Json, partial: Path, watch: Watch, code: int) -> UserError:
     """The one message of a stage whose launcher ended with `code`: of the rank that failed, not of those it left."""
     kept = _kept(partial)
     killed = watch.killed()
-    if killed is None and not watch.dead and code > 128:
+    if killed is None and code > 128:
         # Seen by the launcher alone, which does not say which rank it was: the only one that said nothing.
         silent = watch.silent()
         killed = (silent[0] if len(silent) == 1 else -1, 256 - code)

@@ -169,9 +169,10 @@ class Running:
                     watch.dump()
                     raise failure.hangs(self.stage, self.partial, watch)
                 if running:
-                    time.sleep(POLL_SECONDS)
+                    watch.wait(POLL_SECONDS)
         finally:
             launcher.stop(process)
+            watch.close()
         if process.returncode != 0:
             error = failure.explain(self.stage, self.partial, watch, process.returncode)
             if not self.trained and error.code != failure.DIED:

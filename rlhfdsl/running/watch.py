@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,7 @@ class Watch:
         self.patience = patience
         self.started = time.time()
         self.dead: dict[int, int] = {}  # exit statuses by rank, negative for a signal, in the order of their ends
+        self.handles: dict[int, int | None] = {}  # of the processes of this machine by pid; None when one has ended
 
     def look(self) -> None:
         """Notice which ranks of this machine ended with an error. The launcher sees it a second later, but not which
@@ -63,6 +66,29 @@ class Watch:
             status = exit_status(found["pid"]) if found["host"] == socket.gethostname() else 0
             if status:
                 self.dead.setdefault(rank, status)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but no longer than until a rank of this machine ends: how it did can be read for a second at most."""
+        poll = select.poll()
+        for _, found in self._ranks():
+            if found["host"] == socket.gethostname() and found["pid"] not in self.handles:
+                self.handles[found["pid"]] = _handle(found["pid"])
+        by_handle = {handle: pid for pid, handle in self.handles.items() if handle is not None}
+        for handle in by_handle:
+            poll.register(handle, select.POLLIN)
+        ended = poll.poll(seconds * 1000)
+        if ended:
+            self.look()
+        for handle, _ in ended:
+            os.close(handle)
+            self.handles[by_handle[handle]] = None
+
+    def close(self) -> None:
+        """Give the handles of the processes back."""
+        for pid, handle in self.handles.items():
+            if handle is not None:
+                os.close(handle)
+                self.handles[pid] = None
 
     def killed(self) -> tuple[int, int] | None:
         """The first rank that a signal ended, and the signal; not one that the launcher asked to end."""
@@ -108,6 +134,14 @@ class Watch:
             entry = _read(path) if path.stem.isdigit() else None
             if entry is not None:
                 yield int(path.stem), entry
+
+
+def _handle(pid: int) -> int | None:
+    """A file descriptor that becomes readable when a process ends; None where there is none such."""
+    try:
+        return os.pidfd_open(pid) if sys.platform == "linux" else None
+    except OSError:
+        return None
 
 
 def exit_status(pid: int) -> int | None:

@@ -50,10 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         failure.leave(directory, stage, rank, error, pulse.doing)
-        # The other ranks may wait for this one in a collective call: leave without joining them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        return 1
     return 0
 
 
@@ -93,14 +90,14 @@ def run_stage(
     stages = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo, "rloo": rloo}
     run = stages[stage["kind"]].run
     report("start", stage=stage["address"], world=distributed.world(), device=str(device))
+    result = None
     try:
         result = run(context)
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        report("end", peak_memory=memory)
     except Stopped as stopped:
         report("stopped", update=stopped.update, of=stopped.of, saved=stopped.saved)
-        return None
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    report("end", peak_memory=memory)
-    distributed.barrier()
+    distributed.barrier()  # none leaves while another waits for it in a collective call
     return result
 
 
@@ -113,4 +110,9 @@ def _ignore(event: str, **values: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the interpreter's own end: gloo's threads now and then abort a process that is taken down, and after a
+    # failure the other ranks may wait for this one in a collective call.
+    os._exit(ended)

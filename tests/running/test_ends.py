@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,6 +134,28 @@ def test_a_rank_that_is_gone_is_named_and_not_those_that_waited_for_it(tmp_path)
     assert error.code == "E0791" and "rank 1 was killed by signal 9 (SIGKILL)" in error.message
     error = explained(tmp_path, 256 - signal.SIGSEGV)  # nobody saw which
     assert "a rank was killed by signal 11 (SIGSEGV)" in error.message
+    Pulse(tmp_path, 0)("actor: step")
+    Pulse(tmp_path, 1)("actor: step")
+    error = explained(tmp_path, 256 - signal.SIGKILL, r0=1)  # the launcher saw it first: of the rank that said nothing
+    assert "rank 1 was killed by signal 9 (SIGKILL)" in error.message
+
+
+def test_how_a_rank_ended_is_read_before_anyone_asks_for_it(tmp_path):
+    """Its parent may ask at any time, after which nobody else can know."""
+    process = subprocess.Popen(["sleep", "60"])
+    (tmp_path / "ranks").mkdir()
+    entry = {"host": socket.gethostname(), "pid": process.pid, "doing": "actor: step"}
+    (tmp_path / "ranks/1.json").write_text(json.dumps(entry))
+    watch = Watch(tmp_path, 60)
+    watch.wait(0.01)
+    assert watch.dead == {}
+    process.kill()
+    started = time.monotonic()
+    watch.wait(30)
+    assert watch.dead == {1: -signal.SIGKILL} and time.monotonic() - started < 20
+    process.wait()
+    watch.wait(0.01)  # the end is seen once
+    watch.close()
 
 
 def test_a_number_that_is_none_points_at_the_rate(tmp_path):
