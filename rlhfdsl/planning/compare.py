@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhfdsl.planning.keys import leaves
+
 Json = dict[str, Any]
 _SPEED = re.compile(
     r"engines\.\w+\.(zero|offload|gradient_checkpointing|micro|accumulation)$|(memory|time)\b|"
@@ -95,20 +97,12 @@ def _part(address: str, a: Json | None, b: Json | None) -> Part:
 
 
 def _differences(a: Json, b: Json) -> list[Difference]:
-    left, right = dict(_leaves(a)), dict(_leaves(b))
+    left, right = dict(leaves(a)), dict(leaves(b))
     return [
         Difference(path, left.get(path), right.get(path))
         for path in dict.fromkeys((*right, *left))
         if left.get(path) != right.get(path) and not _HIDDEN.match(path)
     ]
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 MEANINGS = {

@@ -100,7 +100,7 @@ def changes(stage: Json, before: Json, now: Json, written: Mapping[str, Any]) ->
     written: the addresses of the recipe's values (a plan's `origins`). What the writer wrote comes before what was
     derived from it; a stage that is needed is named alone.
     """
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    old, new = dict(leaves(before)), dict(leaves(now))
     named: list[str] = []
     derived: list[str] = []
     for path in dict.fromkeys((*new, *old)):
@@ -136,10 +136,11 @@ def _address(stage: Json, path: str) -> str:
     return ".".join((at, *words))
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dictionaries with their dotted paths; an empty dictionary is a value."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+            yield from leaves(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
 

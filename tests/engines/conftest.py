@@ -1,15 +1,3 @@
-"""One process, one rank, for all engine tests."""
+from one_process import joined, source
 
-import pytest
-from small import one_rank, scratch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def joined():
-    return one_rank()
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory) -> str:
-    """A two-layer Llama from scratch on the disk."""
-    return scratch(tmp_path_factory.mktemp("model") / "small")
+__all__ = ["joined", "source"]

@@ -88,15 +88,14 @@ class Law:
 class GraphSampler(Sampler):
     """Samples through a row cache from the training weights: in place at ZeRO 0 to 2, from a whole copy at ZeRO 3.
 
-    graphs: whether decode steps are captured (CUDA only). compiled: whether torch compiles small parts of them.
+    captured: the graph of a step by its number of slots (CUDA only). compiled: whether torch compiles parts of it.
     """
 
     name = "graph"
 
-    def __init__(self, engine: PolicyEngine, graphs: bool | None = None, compiled: bool = True):
+    def __init__(self, engine: PolicyEngine):
         self.engine = engine
-        self.graphs = engine.device.type == "cuda" if graphs is None else graphs
-        self.compiled = compiled
+        self.compiled = True
         self.captured: dict[int, torch.cuda.CUDAGraph] = {}
         self.capture_failure: str | None = None
         self.whole = WholeWeights(engine) if engine.partitioned else None
@@ -267,7 +266,7 @@ class GraphSampler(Sampler):
             self.cache = RowCache(layers, rows, columns)
             self.slots = Slots.empty(rows, answer, self.engine.device)
         slots = self.slots.first(count)
-        if self.graphs:
+        if self.engine.device.type == "cuda":
             self._capture(slots)
         slots.rest()
         return slots
