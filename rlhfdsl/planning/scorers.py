@@ -65,8 +65,10 @@ def facts(entry: Json, base: Path, address: str) -> Json:
         pinned = pin(path)
         tree = ast.parse(path.read_bytes(), filename=entry["file"])
     except OSError as error:
-        raise UserError("E0740", f"`{entry['file']}` cannot be read: {error.strerror}", at=f"{address}.file",
-                        place=str(path)) from error  # fmt: skip
+        raise UserError(
+            "E0740", f"`{entry['file']}` cannot be read: {error.strerror}", at=f"{address}.file", place=str(path),
+            help="`file` is a path from the recipe's folder",
+        ) from error  # fmt: skip
     except (SyntaxError, ValueError) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         message = f"`{entry['file']}` is no Python{where}: {getattr(error, 'msg', error)}"
