@@ -33,7 +33,7 @@ class States:
     optimizer: int
     host: int
 
-    lasting_gradients: bool = False  # ZeRO 3 keeps their shard from step to step
+    sums: int = 0  # of the gradients, the fp32 sums that stay from step to step
     disk: int = 0  # of the NVMe drive of each node
 
     @property
@@ -48,7 +48,7 @@ class States:
     @property
     def passing(self) -> int:
         """What lives from the first backward of a step to its end."""
-        return 0 if self.lasting_gradients else self.gradients
+        return self.gradients - self.sums
 
 
 def states(
@@ -63,6 +63,10 @@ def states(
     fp32 gradients, 4 master weights, 8 Adam moments; in fp32 the weights are their own gradients' type (4 +
     4) and only ZeRO keeps a second copy as master weights. Stage 1 shards master weights and moments, stage 2
     the gradients too, stage 3 everything, with one module gathered at a time.
+
+    The fp32 gradients of bf16 at stage 1 and those of stage 3 are buffers that an engine has from its start, and
+    sets to 0 after each step (`runtime/bf16_optimizer.py`, `runtime/zero/stage3.py` of DeepSpeed 0.19.8); the others
+    are given back with the step (`runtime/zero/stage_1_and_2.py`).
     """
     width, world = BYTES[dtype], gpus * nodes
     half = width == 2
@@ -81,7 +85,8 @@ def states(
         host = int(learns * max(4 * world, 16) * 1.5)
         return States(count, width * count, width * learns if zero == 1 else 0, 0, host)
     if zero == 1:
-        return States(count, width * count, grads * learns, 12 * learns // world, 0)
+        sums = 4 * learns if dtype == "bf16" else 0
+        return States(count, width * count, grads * learns, 12 * learns // world, 0, sums)
     if zero == 2:
         gradients = grads * learns // world
         return States(count, width * count, gradients, (grads + 12) * learns // world - gradients, 0)
@@ -93,8 +98,8 @@ def states(
     gradients = 4 * learns // world
     optimizer = (width + 16) * learns // world - width * learns // world - gradients
     if offload == "params":
-        return States(count, gathered, gradients, optimizer, width * count // nodes, True)
-    return States(count, gathered + shard, gradients, optimizer, 0, True)
+        return States(count, gathered, gradients, optimizer, width * count // nodes, gradients)
+    return States(count, gathered + shard, gradients, optimizer, 0, gradients)
 
 
 def gathered(states: States, *, dtype: str, zero: int, live: int = LIVE) -> int:
