@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlhfdsl.engines.ports import free_port
 from rlhfdsl.running import strict
 
 GRACE_SECONDS = 5.0
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a run to end
 
 
 def start(
@@ -50,7 +52,7 @@ def start(
         command = [
             sys.executable, "-m", "deepspeed.launcher.launch",
             f"--world_info={base64.urlsafe_b64encode(slots).decode()}",
-            "--master_addr=127.0.0.1", f"--master_port={free_port()}", *worker,
+            "--master_addr=127.0.0.1", f"--master_port={free_port()}", *worker, "--supervisor", str(os.getpid()),
         ]  # fmt: skip
     environment = os.environ | {
         "DS_ACCELERATOR": target["device"],
@@ -68,7 +70,8 @@ def start(
             stdin=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            # The launcher of several nodes has to take a signal to them, so it stays as it is.
+            preexec_fn=_bound if target["nodes"] == 1 else die_with_parent,
         )
 
 
@@ -88,6 +91,35 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+
+
+def _bound() -> None:
+    """Die with the parent, and hold back the signals that ask a run to end, here and in every process below.
+
+    Slurm, systemd and others send them to each process of a job. They are for the supervisor, which has the ranks save.
+    """
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+
+def end_only_for(supervisor: int) -> None:
+    """In a rank: from now on end at SIGTERM from its launcher or the supervisor, and from no other process.
+
+    The launcher ends the ranks that are left when one failed. Where a process cannot tell who sent a signal, as on
+    macOS, every SIGTERM ends it.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
+    heard = {os.getppid(), supervisor}
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in heard:
+            pass
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=listen, name="end_only_for", daemon=True).start()
 
 
 def die_with_parent() -> None:

@@ -31,6 +31,7 @@ from rlhfdsl.running.weights import hashes
 
 POLL_SECONDS = 0.2
 PATIENCE = 1800.0  # a step that takes longer has not been seen
+APART_SECONDS = 1.0  # between two signals that were meant as two
 
 Event = dict[str, Any]
 Show = Callable[[dict[str, Any], Event], None]
@@ -99,15 +100,19 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 class Signals:
-    """Counts the signals that ask a run to end. Use as a context manager, in the main thread."""
+    """Counts the signals that ask a run to end. Use as a context manager, in the main thread.
+
+    `timeout` and `uv run` send each of theirs twice, to their child and to the group in which it is.
+    """
 
     def __init__(self) -> None:
         self.asked: int | None = None
+        self.at = 0.0
         self.held: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in launcher.ENDING:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays what it is
                     self.held[number] = signal.signal(number, self._take)
         return self
@@ -117,9 +122,10 @@ class Signals:
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: object) -> None:
-        if self.asked is not None:
+        if self.asked is None:
+            self.asked, self.at = number, time.monotonic()
+        elif time.monotonic() - self.at >= APART_SECONDS:
             raise Interrupted(number, "stopped at once")
-        self.asked = number
 
     def end_if_asked(self, where: str) -> None:
         """Raise Interrupted between two stages."""

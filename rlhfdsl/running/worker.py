@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.running import failure, strict
-from rlhfdsl.running.launcher import die_with_parent
+from rlhfdsl.running.launcher import die_with_parent, end_only_for
 from rlhfdsl.running.metrics import MetricsWriter
 from rlhfdsl.running.schedule import partial_of
 from rlhfdsl.running.watch import Pulse
@@ -30,9 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--timeout", type=float, default=1800.0)
+    parser.add_argument("--supervisor", type=int)
     parser.add_argument("--local_rank", type=int, default=0)  # the launcher adds it
     options = parser.parse_args(arguments)
     die_with_parent()
+    if options.supervisor is not None:
+        end_only_for(options.supervisor)
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # where this rank stands, to the log
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
     stage = find_stage(plan, options.stage)

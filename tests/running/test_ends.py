@@ -16,7 +16,7 @@ from pipeline import RECIPE, write_recipe
 
 from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
-from rlhfdsl.running import failure
+from rlhfdsl.running import failure, supervisor
 from rlhfdsl.running.metrics import MetricsFollower
 from rlhfdsl.running.watch import Pulse, Watch
 
@@ -93,7 +93,12 @@ def test_two_ranks_meet_every_end(tmp_path):
 
     run = Run(tmp_path, "--gpus", "2")
     run.wait_for("update", 3)
+    for process in run.family:  # as Slurm and systemd do, to every process of the job
+        process.send_signal(signal.SIGTERM)
+    time.sleep(1)
     run.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    run.process.send_signal(signal.SIGINT)  # as `timeout` does, to its child and to the group
     code, errors = run.end(60)
     done = run.events()[-1]
     assert code == 130 and done["event"] == "stopped" and run.checkpoints()[0] == done["update"]
@@ -108,6 +113,16 @@ def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
     assert len(run.family) >= 2
     run.process.kill()
     run.end(20)
+
+
+def test_a_signal_that_comes_twice_asks_once(monkeypatch):
+    with supervisor.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.asked == signal.SIGTERM
+        monkeypatch.setattr(supervisor, "APART_SECONDS", 0.0)
+        with pytest.raises(supervisor.Interrupted, match="at once"):
+            os.kill(os.getpid(), signal.SIGHUP)
 
 
 def leave(folder: Path, rank: int, error: Exception, doing: str) -> None:
