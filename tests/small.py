@@ -51,7 +51,7 @@ def spec(
         "head": "none" if role in ("policy", "ref") else "scalar", "dtype": dtype, "attention": "sdpa",
         "lora": lora, "shares": None, "dropout": dropout, "gradient_checkpointing": checkpointing,
         "zero": zero, "offload": "off", "micro": micro, "accumulation": 1, "ema": ema,
-        "rollout": {"engine": "eager", "free_cache": False, "reason": "the test asks for it"},
+        "rollout": {"engine": "eager", "tensor": 1, "free_cache": False, "reason": "the test asks for it"},
         "schedule": {"kind": "constant", "lr": lr, "warmup": 0, "updates": 10} if trains else None,
         "deepspeed": deepspeed_config.config(
             dtype=dtype, zero=zero, offload="off", device=device, world=world, micro=micro, accumulation=1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,16 @@ def world() -> int:
 
 def barrier() -> None:
     comm.barrier()
+
+
+@cache
+def neighbours(size: int) -> torch.distributed.ProcessGroup:
+    """The group of `size` consecutive ranks that this rank is in.
+
+    The first call for a size makes the groups of all ranks, so every rank must make it at the same time.
+    """
+    own, _ = torch.distributed.new_subgroups(size)
+    return own
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,6 @@ from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling
 
-SAMPLERS = {"eager": EagerSampler, "graph": GraphSampler}
-
 
 class HybridEngine(PolicyEngine):
     """A training engine paired with a rollout engine over the same weights.
@@ -21,7 +19,8 @@ class HybridEngine(PolicyEngine):
     def __init__(self, name: str, spec: dict, module: nn.Module):
         super().__init__(name, spec, module)
         chosen = spec["rollout"]
-        self.sampler: Sampler = SAMPLERS[chosen["engine"]](self)
+        graph = chosen["engine"] == "graph"
+        self.sampler: Sampler = GraphSampler(self, chosen["tensor"]) if graph else EagerSampler(self)
         self.rollout_reason: str = chosen["reason"]
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:

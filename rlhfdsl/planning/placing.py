@@ -215,7 +215,7 @@ def sampler(model: Model, placed: Fit, target: Target, rollout: Block) -> Json:
             chosen, reason = "eager", reasons["no_room"]
         elif placed.sampling.kept == 0 and not free:
             free, reason = True, f"{reason}; {reasons['given_back']}"
-    return {"engine": chosen, "free_cache": free and chosen == "graph", "reason": reason}
+    return {"engine": chosen, "tensor": 1, "free_cache": free and chosen == "graph", "reason": reason}
 
 
 def memory_of(scope: Scope, placed: Fit) -> Json:

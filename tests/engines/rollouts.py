@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from small import spec
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlhfdsl.engines.distributed import world
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout import parity
 from rlhfdsl.engines.rollout.eager import EagerSampler
@@ -47,11 +48,8 @@ TYPES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def tiny(
-    name: str, dtype: str = "fp32", zero: int = 0, lr: float = 0.02, device: str = "cpu", lora: dict | None = None,
-    **changes,
-) -> HybridEngine:  # fmt: skip
-    """A tiny model of a type on an engine. Its weights are spread so that a wrong position or mask shows."""
+def tiny_model(name: str, **changes) -> PreTrainedModel:
+    """A tiny model of a type in fp32. Its weights are spread so that a wrong position or mask shows."""
     arch = {**TYPES.get(name, {}), **changes}
     config = AutoConfig.for_model(
         arch.pop("model_type", name), vocab_size=VOCAB, pad_token_id=256, bos_token_id=257, eos_token_id=258, **arch
@@ -64,11 +62,20 @@ def tiny(
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.12)
     torch.random.set_rng_state(generator_state)
-    module = module.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     module.config.use_cache = False
+    return module
+
+
+def tiny(
+    name: str, dtype: str = "fp32", zero: int = 0, lr: float = 0.02, device: str = "cpu", lora: dict | None = None,
+    **changes,
+) -> HybridEngine:  # fmt: skip
+    """A tiny model of a type on an engine."""
+    module = tiny_model(name, **changes).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     if lora is not None:
         add_adapters(module, lora, seed=2, scalar=False)
-    return HybridEngine("actor", spec(dtype=dtype, zero=zero, lr=lr, device=device, lora=lora), module)
+    entry = spec(dtype=dtype, zero=zero, lr=lr, device=device, lora=lora, world=world())
+    return HybridEngine("actor", entry, module)
 
 
 LORA = {"rank": 4, "alpha": 64.0, "dropout": 0.0, "targets": "all-linear", "lr": None}

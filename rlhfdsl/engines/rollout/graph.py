@@ -22,9 +22,10 @@ from rlhfdsl.engines.rollout.attention import over_rows
 from rlhfdsl.engines.rollout.cache import RowCache
 from rlhfdsl.engines.rollout.eager import answer_lengths
 from rlhfdsl.engines.rollout.fusing import fused
-from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling
+from rlhfdsl.engines.rollout.group import TensorGroup
+from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling, right_padded
 from rlhfdsl.engines.rollout.sampling import gumbel
-from rlhfdsl.engines.rollout.weights import WholeWeights
+from rlhfdsl.engines.rollout.weights import CopiedWeights
 from rlhfdsl.language.diagnostics import first_line
 from rlhfdsl.models.inputs import length_mask, takes
 
@@ -88,17 +89,19 @@ class Law:
 class GraphSampler(Sampler):
     """Samples through a row cache from the training weights: in place at ZeRO 0 to 2, from a whole copy at ZeRO 3.
 
+    tensor: ranks that share a copy, each with its part, and sample their answers together.
     captured: the graph of a step by its number of slots (CUDA only). compiled: whether torch compiles parts of it.
     """
 
     name = "graph"
 
-    def __init__(self, engine: PolicyEngine):
+    def __init__(self, engine: PolicyEngine, tensor: int = 1):
         self.engine = engine
+        self.group = TensorGroup(tensor) if tensor > 1 else None
         self.compiled = True
         self.captured: dict[int, torch.cuda.CUDAGraph] = {}
         self.capture_failure: str | None = None
-        self.whole = WholeWeights(engine) if engine.partitioned else None
+        self.copied = CopiedWeights(engine, self.group) if engine.partitioned or self.group is not None else None
         self.cache: RowCache | None = None
         self.slots: Slots | None = None
         self._law: Law | None = None
@@ -107,14 +110,14 @@ class GraphSampler(Sampler):
 
     @property
     def model(self) -> nn.Module:
-        return self.engine.module if self.whole is None else self.whole.model
+        return self.engine.module if self.copied is None else self.copied.model
 
     @torch.no_grad()
     def generate(self, request: Prompts, sampling: Sampling) -> Rollout:
         was_training = self.engine.module.training
         self.engine.eval()
-        if self.whole is not None:
-            self.whole.refresh()
+        if self.copied is not None:
+            self.copied.refresh()
         try:
             with over_rows(self.model):
                 return self._generate(request, sampling)
@@ -125,18 +128,30 @@ class GraphSampler(Sampler):
         """Drop graphs, cache and copied weights; the next `generate` makes them again."""
         self.captured.clear()
         self.cache = self.slots = None
-        if self.whole is not None:
-            self.whole.release()
+        if self.copied is not None:
+            self.copied.release()
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _generate(self, request: Prompts, sampling: Sampling) -> Rollout:
+        if self.group is None:
+            answers, log_probs = self._decode(request, sampling, sampling.at_once)
+        else:
+            together, own = self.group.gathered(request, sampling.n_samples_per_prompt)
+            at_once = None if sampling.at_once is None else sampling.at_once * self.group.size
+            answers, log_probs = (whole[own] for whole in self._decode(together, sampling, at_once))
+        return _assembled(request, sampling.n_samples_per_prompt, answers, log_probs, sampling.stop_ids)
+
+    def _decode(
+        self, request: Prompts, sampling: Sampling, at_once: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers [B, max_new_tokens] and their log-probabilities; what is beyond an end is not meant."""
         copies, longest = sampling.n_samples_per_prompt, sampling.max_new_tokens
         prompt_lengths = request.prompt_attention_mask.sum(1)
-        prompts, width = _right_padded(request.prompt_ids, prompt_lengths), request.prompt_ids.shape[1]
+        prompts, width = right_padded(request.prompt_ids, prompt_lengths), request.prompt_ids.shape[1]
         count = len(prompts) * copies
         law = Law(sampling.temperature, longest, sampling.stop_ids, sampling.pad_id)
-        slots = self._reserve(min(count, sampling.at_once or count), width + longest, law)
+        slots = self._reserve(min(count, at_once or count), width + longest, law)
         answers = torch.full((count, longest), sampling.pad_id, device=self.engine.device)
         log_probs = torch.zeros(count, longest, device=self.engine.device)
 
@@ -162,7 +177,7 @@ class GraphSampler(Sampler):
                 answers[rows_done] = slots.answers[at, :longest]
                 log_probs[rows_done] = slots.log_probs[at, :longest]
                 held = {slot: row for slot, row in held.items() if slot not in done}
-        return _assembled(request, copies, answers, log_probs, sampling.stop_ids)
+        return answers, log_probs
 
     def _admit(
         self,
@@ -216,6 +231,8 @@ class GraphSampler(Sampler):
         self.cache.decode(slots.write)
         logits = self._forward(slots.token.unsqueeze(1), slots.write.unsqueeze(1), slots.length)[:, -1]
         chosen, log_probs = _draw(logits, law.temperature, slots.seed, slots.step)
+        if self.group is not None:
+            chosen, log_probs = self.group.agreed(chosen, log_probs)
         column = slots.step.clamp(max=slots.answers.shape[1] - 1).unsqueeze(1)
         slots.answers.scatter_(1, column, torch.where(busy, chosen, slots.answers.gather(1, column)[:, 0]).unsqueeze(1))
         slots.log_probs.scatter_(
@@ -340,10 +357,3 @@ def _assembled(
         ended=ended,
         log_probs=log_probs[:, :columns].masked_fill(~live, 0.0),
     )
-
-
-def _right_padded(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Left-padded ids [B, T] with every row moved to column 0; what follows a row is a real token, seen by none."""
-    width = ids.shape[1]
-    columns = torch.arange(width, device=ids.device) + (width - lengths).unsqueeze(1)
-    return ids.gather(1, columns.clamp(max=width - 1))

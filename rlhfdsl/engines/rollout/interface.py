@@ -71,6 +71,13 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Te
     return ids, mask
 
 
+def right_padded(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Left-padded ids [B, T] with every row moved to column 0; what follows a row is a real token, seen by none."""
+    width = ids.shape[1]
+    columns = torch.arange(width, device=ids.device) + (width - lengths).unsqueeze(1)
+    return ids.gather(1, columns.clamp(max=width - 1))
+
+
 class Sampler(RolloutEngine):
     """A rollout engine that fills `Rollout` and can give its memory back between rollouts."""
 

@@ -1,0 +1,126 @@
+"""Rollouts over shards of the weights, on the ranks that start this script: `tensor_ranks.py FOLDER DEVICE`.
+
+One launch of two ranks serves every case, since a launch takes longer than most of them. FOLDER/RANK.json gets, for
+each case, what was not as it should be, or null. The cases are collective calls: both ranks go through the same ones in
+the same order, and nothing is asserted before the calls of a case are over.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rollouts import LORA, judged, learn, same, sampled, tiny
+
+from rlhfdsl.engines import distributed
+from rlhfdsl.engines.rollout.eager import EagerSampler
+from rlhfdsl.engines.rollout.graph import GraphSampler
+from rlhfdsl.engines.rollout.interface import Rollout
+from rlhfdsl.planning import shards
+
+SIZE = 2
+NAMES = shards.types()  # each the name of a tiny model
+ADAPTED = ("llama", "gpt2", "phi3")  # plain, transposed, in pieces
+# Each rank has prompts of its own, of other lengths.
+PROMPTS = (
+    [[10, 20, 30], [7], [1, 2, 3, 4, 5, 6, 7, 8]],
+    [[200, 100], list(range(30, 47)), [5, 4, 3]],
+)
+
+def sample(sampler, **options) -> Rollout:
+    rank = distributed.rank()
+    return sampled(sampler, PROMPTS[rank % 2], seed=5 + rank, tokens=16, **options)
+
+
+def equal(name: str, device: str, against: type = GraphSampler, **changes) -> None:
+    """The answers of whole weights before and after an update, in slots for all answers and in two for each rank."""
+    engine = tiny(name, device=device, **changes)
+    sampler, whole = GraphSampler(engine, SIZE), against(engine)
+    pairs = [(sample(sampler), sample(whole))]
+    learn(engine)
+    pairs.append((sample(sampler, at_once=2), sample(whole)))
+    # the case is worth something: an update shows
+    assert not torch.equal(pairs[0][0].input_ids, pairs[1][0].input_ids)
+    for found, expected in pairs:
+        same(found, expected, tolerance(device))
+    assert sampler.capture_failure is None and (sampler.captured or device == "cpu")
+    held(sampler, engine)
+
+
+def held(sampler: GraphSampler, engine) -> None:
+    """The copy is one buffer of a half of each matrix of a layer and the rest."""
+    most = 0
+    for name, parameter in engine.module.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        inside = ".layers." in name or ".h." in name
+        most += shape.numel() // (SIZE if inside and len(shape) == 2 and ".lora_" not in name else 1)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in sampler.model.parameters()}
+    assert sum(storage.nbytes() for storage in storages.values()) <= 4 * most
+
+
+def greedy(device: str) -> None:
+    engine = tiny("qwen2", zero=3, device=device)
+    found, expected = (sample(s, temperature=1e-4) for s in (GraphSampler(engine, SIZE), GraphSampler(engine)))
+    same(found, expected, 0.1)  # of logits divided by 1e-4
+
+
+def one_ends_early(device: str) -> None:
+    """A rank whose answers end at once goes on for the other's; and a sampler that was released starts again."""
+    engine = tiny("llama", zero=3, device=device)
+    sampler, whole = GraphSampler(engine, SIZE), GraphSampler(engine)
+    prompts = [[7]] if distributed.rank() == 0 else [[200, 100], list(range(30, 47)), [5, 4, 3], [9, 9]]
+    pairs = []
+    for _ in range(2):
+        pairs.append([sampled(s, prompts, answers=1, tokens=40) for s in (sampler, whole)])
+        sampler.release()
+    for found, expected in pairs:
+        same(found, expected, tolerance(device))
+
+
+def gate(device: str) -> None:
+    engine = tiny("llama", "bf16", zero=3, device=device)
+    found = judged(engine, GraphSampler(engine, SIZE))
+    assert found.holds, found
+
+
+def gate_catches(device: str) -> None:
+    """A group that forgets to sum does not sample from the policy."""
+    engine = tiny("llama", zero=3, device=device)
+    sampler = GraphSampler(engine, SIZE)
+    sampler.group.total = lambda tensor: None
+    found = judged(engine, sampler)
+    assert not found.holds, found
+
+
+def tolerance(device: str) -> float:
+    return 1e-4 if device == "cpu" else 1e-3
+
+
+def cases(device: str) -> dict[str, Callable[[], None]]:
+    found = {name: partial(equal, name, device, zero=3) for name in NAMES}
+    found |= {f"{name} with adapters": partial(equal, name, device, zero=3, lr=0.1, lora=LORA) for name in ADAPTED}
+    found["llama beside generate"] = partial(equal, "llama", device, EagerSampler, zero=3)
+    found |= {f"llama at ZeRO {zero}": partial(equal, "llama", device, zero=zero) for zero in (0, 2)}
+    return found | {
+        "greedy": partial(greedy, device), "one ends early": partial(one_ends_early, device),
+        "gate": partial(gate, device), "gate catches": partial(gate_catches, device),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    folder, device = sys.argv[-2:]
+    distributed.join(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found: dict[str, str | None] = {}
+    for name, case in cases(device).items():
+        try:
+            case()
+            found[name] = None
+        except AssertionError:
+            found[name] = traceback.format_exc()
+    Path(folder, f"{distributed.rank()}.json").write_text(json.dumps(found))
