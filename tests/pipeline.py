@@ -1,7 +1,7 @@
 """A three-stage recipe that takes seconds, and a way to run its stages in this process.
 
 As a script (`pipeline.py FOLDER GPUS ZERO…`) it runs the pipeline once for each ZeRO stage on the ranks that started
-it, so that one launch of two ranks serves every comparison.
+it, so that one launch of two ranks serves every comparison. At stage 3 two ranks sample from shards of one copy.
 """
 
 from __future__ import annotations
@@ -124,8 +124,13 @@ if __name__ == "__main__":
     folder, gpus, *stages = Path(arguments[0]), int(arguments[1]), *arguments[2:]
     os.chdir(folder)
     for zero in stages:
-        shard, output = f"parallel.shard.zero={zero}", f"runs/{gpus}-{zero}"
-        run_here(plan(folder / "small.rlhf", shard, f'recipe.output="{output}"', gpus=gpus), folder)
+        sets, output = [f"parallel.shard.zero={zero}"], f"runs/{gpus}-{zero}"
         if zero == "3":
-            broken = plan(folder / "small.rlhf", shard, f'recipe.output="{output}-broken"', gpus=gpus)
+            sets += [
+                f"stage.{stage}.rollout.{setting}" for stage in ("ppo", "adapted")
+                for setting in ("engine=graph", f"tensor={gpus}")
+            ]  # fmt: skip
+        run_here(plan(folder / "small.rlhf", *sets, f'recipe.output="{output}"', gpus=gpus), folder)
+        if zero == "3":
+            broken = plan(folder / "small.rlhf", *sets, f'recipe.output="{output}-broken"', gpus=gpus)
             run_broken(broken, folder, 2)

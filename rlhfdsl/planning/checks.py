@@ -42,6 +42,7 @@ CODES = {
     "E0714": "the GPU is not in the catalog",
     "E0715": "the attention is none that the model's type has",
     "E0716": "the actor cannot have the rollout engine that the recipe names",
+    "E0717": "the weights of a rollout cannot be cut over so many GPUs",
     "E0720": "a saved plan or a lock file cannot be used",
     "E0730": "LoRA targets name no layer of the model",
     "E0731": "a LoRA rank is as wide as a layer",

@@ -86,6 +86,7 @@ def _time(planned: list[Any], models: Mapping[str, entries.Model], target: Targe
         f"{stage['address']}: at ZeRO 3 all weights are gathered anew for each token that is sampled"
         for stage in planned
         if "actor" in stage["engines"] and stage["engines"]["actor"]["zero"] == 3
+        and stage["engines"]["actor"]["rollout"]["engine"] == "eager"
         and (stage["memory"]["engines"]["actor"]["parameters"] or 0) > _live(stage["engines"]["actor"])
     ]  # fmt: skip
     return {"seconds": seconds, "price": price, "cost": cost, "assumptions": notes}

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.language.recipe import Block, Reference
+from rlhfdsl.planning import shards
 from rlhfdsl.planning.adapters import Lora, linears, matches
 from rlhfdsl.planning.batches import remainder
+from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.entries import Model
+from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.problems import Problems
 
 if TYPE_CHECKING:
@@ -139,10 +142,36 @@ def held_policy(problems: Problems, at: str, stage: Block, reference: Reference)
         )  # fmt: skip
 
 
-def rollout_engine(problems: Problems, at: str, asked: str, chosen: Mapping[str, Any]) -> None:
-    """A rollout engine that the recipe names and the actor cannot have."""
+def tensor(problems: Problems, where: Target, at: str, asked: str | int, shape: Shape | None) -> int | None:
+    """The devices that share a copy of the weights as the recipe says it, None for `auto`.
+
+    A number into which the layers cannot be cut is reported, and 1 in its place.
+    """
+    if not isinstance(asked, int):
+        return None
+    why = None if shape is None else shards.misfit(shape, asked, where.gpus)
+    if shape is None or why is None:
+        return asked
+    fitting = [size for size in range(1, asked) if shards.misfit(shape, size, where.gpus) is None]
+    problems.report(
+        "E0717", f"the actor's weights cannot be cut in {asked} shards", f"{at}.rollout.tensor", label=why,
+        notes=[f"{where.world} GPUs = {where.nodes} x {where.gpus} ({where.origin})"],
+        help=f"tensor = {max(fitting)}, or leave it out: auto takes as few as a copy needs",
+    )  # fmt: skip
+    return 1
+
+
+def rollout_engine(
+    problems: Problems, at: str, asked: str, tensor: int | None, chosen: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """A rollout engine that the recipe names and the actor cannot have, and shards for one that has none."""
     if asked == "graph" and chosen["engine"] != "graph":
         problems.report(
             "E0716", f"the actor cannot sample with `engine = graph`: {chosen['reason']}", f"{at}.rollout.engine",
             help="engine = eager, or leave it out: auto takes the fastest that there is",
+        )  # fmt: skip
+    elif tensor is not None and tensor > 1 and chosen["engine"] != "graph":
+        problems.report(
+            "E0717", f"tensor = {tensor} is for `engine = graph`, and the actor samples with `generate`",
+            f"{at}.rollout.tensor", label=chosen["reason"], help="leave `tensor` out",
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhfdsl.planning import memory
+from rlhfdsl.planning import memory, shards
 from rlhfdsl.planning.batches import divisors
 from rlhfdsl.planning.layout import Need, Rollout, Sampling
 
@@ -10,34 +10,50 @@ KEPT = 2  # what stays between rollouts may take a half of what model states lea
 
 
 def at_once(
-    actor: Need, zero: int, states: memory.States | None, rollout: Rollout, room: int | None
+    actor: Need, zero: int, states: memory.States | None, rollout: Rollout, room: int | None, gpus: int
 ) -> Sampling | None:
     """The most sequences that fit in `room` bytes beside all that stays; None when the actor's size is unknown.
 
-    A graph keeps its cache, and at ZeRO 3 its copy of the weights, where that is at most half of the room; else it
-    gives them back after each rollout; and where there is no room even so, eager samples if it may.
+    gpus: devices of a node. A graph over weights in place keeps its cache where that is at most half of the room; else
+    it gives it back after each rollout. A copy of the weights, which is made anew for each rollout, lies on the number
+    of devices and is kept or given back as holds the most sequences at once, of equals the fewest devices and kept.
+    Where no graph has room, eager samples if it may.
     """
     shape = actor.shape
     if shape is None or states is None:
         return None
-    copy = memory.BYTES[actor.dtype] * states.parameters if zero == 3 else 0
     live = memory.gathered(states, dtype=actor.dtype, zero=zero, live=actor.live)
 
-    def used(engine: str, rows: int, stays: bool) -> Sampling:
-        graph = engine == "graph"
+    def used(engine: str, rows: int, tensor: int, stays: bool) -> Sampling:
+        graph, copy = engine == "graph", 0
         cache, whole = memory.generation(
-            shape, rows=rows, prompt=rollout.prompt, length=rollout.length, dtype=actor.dtype, eager=actor.eager,
-            graph=graph,
+            shards.part(shape, tensor), rows=rows * tensor, prompt=rollout.prompt, length=rollout.length,
+            dtype=actor.dtype, eager=actor.eager, graph=graph,
         )  # fmt: skip
-        return Sampling(engine, rows, cache, whole + (copy if graph else live), cache + copy if stays else 0)
+        if graph and (zero == 3 or tensor > 1):
+            copy = memory.BYTES[actor.dtype] * shards.held(shape, states.parameters, tensor)
+        return Sampling(engine, rows, cache, whole + (copy if graph else live), cache + copy if stays else 0, tensor)
 
-    ways = [("eager", False)]
-    if rollout.engine == "graph":
-        ways = [("graph", False)] if rollout.free_cache else [("graph", True), ("graph", False)]
-        ways += [("eager", False)] if rollout.spare else []
-    for engine, stays in ways:
+    def most(engine: str, tensor: int, stays: bool) -> Sampling | None:
         for rows in divisors(rollout.per_rank)[::-1]:
-            found = used(engine, rows, stays)
+            found = used(engine, rows, tensor, stays)
             if room is None or (found.whole <= room and KEPT * found.kept <= room):
                 return found
-    return used(ways[-1][0], 1, False)
+        return None
+
+    if rollout.engine == "graph":
+        sizes = [rollout.tensor] if rollout.tensor is not None else _sizes(actor, zero, gpus)
+        kept = (False,) if rollout.free_cache else (True, False)
+        found = [way for size in sizes for stays in kept if (way := most("graph", size, stays)) is not None]
+        if found:
+            return max(found, key=lambda way: way.rows) if zero == 3 else found[0]
+        if not rollout.spare:
+            return used("graph", 1, sizes[-1], False)
+    return most("eager", 1, False) or used("eager", 1, 1, False)
+
+
+def _sizes(actor: Need, zero: int, gpus: int) -> list[int]:
+    """The numbers of devices that may share a copy: one where the weights are read in place."""
+    if zero < 3 or actor.shape is None:
+        return [1]
+    return [size for size in shards.SIZES if shards.misfit(actor.shape, size, gpus) is None]

@@ -58,7 +58,7 @@ class Rollout:
     `prompt` of them given.
 
     engine: "eager" or "graph". spare: whether eager may stand in for a graph that has no room. free_cache: whether a
-    graph gives its memory back after each rollout.
+    graph gives its memory back after each rollout. tensor: devices that share a copy of the weights, None for `auto`.
     """
 
     per_rank: int
@@ -67,17 +67,21 @@ class Rollout:
     engine: str = "eager"
     spare: bool = True
     free_cache: bool = False
+    tensor: int | None = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """`rows` sequences at once: bytes of their cache, of all that generation needs, and of what stays after it."""
+    """`rows` sequences at once on each device: bytes of their cache, of all that generation needs, and of what stays
+    after it. tensor: devices that share a copy of the weights and sample their rows together.
+    """
 
     engine: str
     rows: int
     cache: int
     whole: int
     kept: int
+    tensor: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +130,6 @@ class Fit:
     sampling: Sampling | None
     phases: tuple[Phase, ...]
     usable: int | None
-
-    @property
-    def graph(self) -> bool:
-        """Whether a captured decode step samples."""
-        return self.sampling is not None and self.sampling.engine == "graph"
 
     @property
     def peak(self) -> int | None:

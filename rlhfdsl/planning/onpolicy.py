@@ -81,7 +81,10 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
         sequences=per_rank, prompt=mean(edges["train"], rollout["prompt"]), answer=rollout["answer"],
         updates=update["epochs"] * whole, passes=update["epochs"], ptx=ptx_rank, length=length,
     )  # fmt: skip
-    sampling = Rollout(per_rank, rollout["prompt"], length, wanted, rollout["engine"] == "auto", rollout["free_cache"])
+    tensor = course.tensor(scope.problems, scope.target, at, rollout["tensor"], model.shape)
+    sampling = Rollout(
+        per_rank, rollout["prompt"], length, wanted, rollout["engine"] == "auto", rollout["free_cache"], tensor
+    )  # fmt: skip
     placed = place(scope, at, sized, sampling, work)
     if placed is None:
         return None
@@ -132,8 +135,8 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
         )
         for part in parts
     }
-    built["actor"]["rollout"] = sampler(model, placed, scope.target, rollout)
-    course.rollout_engine(scope.problems, at, rollout["engine"], built["actor"]["rollout"])
+    built["actor"]["rollout"] = sampler(model, placed, scope.target, rollout, per_rank)
+    course.rollout_engine(scope.problems, at, rollout["engine"], tensor, built["actor"]["rollout"])
     return {
         "address": at, "kind": kind, "needs": list(needs), "output": output,
         "seed": seed_of(scope.recipe.block["seed"], at), "artifacts": artifacts, "edges": edges,
@@ -153,7 +156,7 @@ def _settings(block: Block, sources: list[scorers.Source], rollouts: int | None,
         "epochs": epochs,
         "rollouts": rollouts,
         "rollout": {
-            name: s.value for name, s in rollout.settings.items() if name not in ("engine", "free_cache")
+            name: s.value for name, s in rollout.settings.items() if name not in ("engine", "tensor", "free_cache")
         },
         "update": {name: s.value for name, s in update.settings.items()},
         "kl": {

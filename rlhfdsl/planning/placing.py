@@ -19,6 +19,7 @@ from rlhfdsl.planning import (
     entries,
     escape,
     nvme,
+    shards,
     timing,
 )
 from rlhfdsl.planning.adapters import Lora
@@ -203,19 +204,29 @@ def _config(scope: Scope, part: Part, placed: Placement, accumulation: int, opti
     return escape.merge(config, escape.passed_on(group))
 
 
-def sampler(model: Model, placed: Fit, target: Target, rollout: Block) -> Json:
-    """The rollout engine of a stage's actor: which, whether it gives its memory back after each rollout, and why."""
+def sampler(model: Model, placed: Fit, target: Target, rollout: Block, per_rank: int) -> Json:
+    """The rollout engine of a stage's actor: which, the devices that share a copy of its weights, whether it gives its
+    memory back after each rollout, and why. per_rank: answers of a rollout on one device."""
     kind = model.shape.type if model.shape is not None else ""
     zero = next(p.zero for p in placed.engines if p.need.name == "actor")
     chosen, reason = capabilities.choose(kind, zero, target.device, rollout["engine"])
-    free = rollout["free_cache"]
-    if placed.sampling is not None and chosen == "graph":
+    free, tensor = rollout["free_cache"], 1
+    sampling = placed.sampling
+    if sampling is not None and chosen == "graph":
         reasons = capabilities.table()["reasons"]
-        if placed.sampling.engine == "eager":
+        if sampling.engine == "eager":
             chosen, reason = "eager", reasons["no_room"]
-        elif placed.sampling.kept == 0 and not free:
-            free, reason = True, f"{reason}; {reasons['given_back']}"
-    return {"engine": chosen, "tensor": 1, "free_cache": free and chosen == "graph", "reason": reason}
+            if target.gpus > 1 and shards.rules(kind) is None:
+                reason += f"; {reasons['uncut']}: {shards.why_not(kind)}"
+        else:
+            tensor = sampling.tensor
+            if tensor > 1:
+                reason = reasons["shards"].format(tensor=tensor)
+                if rollout["tensor"] == "auto":
+                    reason += f", {reasons['shards_all' if sampling.rows == per_rank else 'shards_most']}"
+            if sampling.kept == 0 and not free:
+                free, reason = True, f"{reason}; {reasons['given_back']}"
+    return {"engine": chosen, "tensor": tensor, "free_cache": free and chosen == "graph", "reason": reason}
 
 
 def memory_of(scope: Scope, placed: Fit) -> Json:

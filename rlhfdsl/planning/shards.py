@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from rlhfdsl.planning.catalog import Shape
+from rlhfdsl.planning.families import GATED
+
+SIZES = (1, 2, 4, 8)  # shards that `tensor = auto` considers
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -55,3 +59,34 @@ def rules(model_type: str) -> Rules | None:
 def why_not(model_type: str) -> str:
     """Why a type has no rules."""
     return str(_table()["reasons"].get(model_type, _table()["other"]))
+
+
+def misfit(s: Shape, size: int, gpus: int) -> str | None:
+    """Why layers of a shape are not cut into `size` shards on nodes of `gpus` devices; None where they are."""
+    if size == 1:
+        return None
+    if rules(s.type) is None:
+        return f"{s.type}: {why_not(s.type)}"
+    parts = {
+        f"the {gpus} GPUs of a node": gpus,
+        f"the {s.heads} heads of a layer": s.heads,
+        f"the {s.kv_heads} heads of keys and values": s.kv_heads,
+        f"the MLP's width of {s.intermediate}": s.intermediate,
+    }
+    return next((f"{size} does not divide {what}" for what, count in parts.items() if count % size), None)
+
+
+def part(s: Shape, size: int) -> Shape:
+    """The shape of one shard's layers: the residual width whole, heads and the MLP's width divided."""
+    return replace(
+        s, heads=s.heads // size, kv_heads=s.kv_heads // size, intermediate=s.intermediate // size
+    )
+
+
+def held(s: Shape, parameters: int, size: int) -> int:
+    """Of `parameters` those that a rank holds: its share of the matrices of all layers, and the rest whole.
+
+    Vectors and adapters, of which a rank may hold a part, are counted whole.
+    """
+    matrices = 2 * s.hidden * (s.q_width + s.kv_width) + (3 if s.type in GATED else 2) * s.hidden * s.intermediate
+    return parameters - s.layers * (matrices - matrices // size)

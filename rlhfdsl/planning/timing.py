@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlhfdsl.planning import memory, nvme
+from rlhfdsl.planning import memory, nvme, shards
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.hardware import Target
-from rlhfdsl.planning.layout import Fit, Placement
+from rlhfdsl.planning.layout import Fit, Placement, Sampling
 from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 
 LOSS_BYTES = 80  # for each logit: written, log-softmax and entropy in fp32, softmax again and its gradient
@@ -24,6 +24,7 @@ UPDATE_BYTES = 28  # for each parameter: gradient, master weight and two moments
 GRAPH_LAYER = 0.055e-3  # seconds: of a captured decode step, a layer's beyond its bytes (H100: OPT-1.3B at 16 to 256)
 ADAPTER = 0.14  # of the launches of a layer, for each adapter in it (OPT and Llama under peft, counted in CPU time)
 BESIDE = 6  # elements read or written for each output of a layer with an adapter: its own written, scaled, added
+REDUCE, HOP = 6.6e-6, 0.6e-6  # seconds: of a small sum over devices on NVLink (NCCL's tuning.cc: ring, LL)
 SUM_BYTES = 10  # for each parameter and micro batch: a gradient added to its fp32 sum
 
 
@@ -75,6 +76,8 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
             else:
                 times["score"] = engine.passes(rows, work.length, train=False)
         return times
+    if fit.sampling is None:
+        return None
     whole = work.prompt + work.answer
     actor = engines["actor"]
     learning = [engine for engine in engines.values() if engine.placed.need.trains]
@@ -82,7 +85,7 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
     if work.ptx:
         train += actor.passes(work.ptx * work.updates, work.length, train=True)
     return {
-        "generate": actor.generate(work.sequences, fit.generate or 1, work.prompt, work.answer, fit.graph),
+        "generate": actor.generate(work.sequences, fit.sampling, work.prompt, work.answer),
         "score": sum(engine.passes(work.sequences, whole, train=False) for engine in engines.values()),
         "train": train,
     }
@@ -125,10 +128,11 @@ class _Clock:
     def causal(self) -> bool:
         return self.placed.need.head == "none"
 
-    def flops(self, length: float) -> float:
-        """FLOPs of a forward pass for one token of a sequence of `length`."""
+    def flops(self, length: float, tensor: int = 1) -> float:
+        """FLOPs of a forward pass for one token of a sequence of `length`, on one device of those that share it."""
         lookup = 0 if self.causal and self.shape.tied else self.shape.vocab * self.shape.embed
-        return 2.0 * (self.count - lookup) + 4.0 * self.shape.layers * self.shape.q_width * length
+        held = shards.held(self.shape, self.count, tensor)
+        return 2.0 * (held - lookup) + 4.0 * self.shape.layers * self.shape.q_width / tensor * length
 
     def passes(self, sequences: float, length: float, *, train: bool) -> float:
         """Seconds of forward (and backward) passes over `sequences`, in micro batches."""
@@ -189,24 +193,35 @@ class _Clock:
             step += self.across(size)
         return self.passes(sequences, length, train=True) + updates * step
 
-    def generate(self, sequences: int, rows: int, prompt: float, answer: int, graph: bool) -> float:
-        """Seconds of sampling, `rows` sequences at once: by `generate`, or by a captured step over a static cache."""
-        rounds = sequences / rows
+    def generate(self, sequences: int, sampling: Sampling, prompt: float, answer: int) -> float:
+        """Seconds of sampling, by `generate` or by a captured step over a static cache.
+
+        With shards a device reads its part of the weights for the sequences of all that share them.
+        """
+        tensor, rounds, slots = sampling.tensor, sequences / sampling.rows, sampling.rows * sampling.tensor
         prefill = max(
-            rows * prompt * self.flops(prompt) / (self.rates.matmul * self.rates.train),
+            slots * prompt * self.flops(prompt, tensor) / (self.rates.matmul * self.rates.train),
             self.layers * self.rates.forward,
-        )
-        cache = memory.kv_cache(self.shape, sequences=rows, length=1, dtype=self.placed.need.dtype)
-        read = self.width * self.count + cache * (prompt + answer / 2)
-        compute = rows * self.flops(prompt + answer / 2) / self.rates.matmul
-        if graph:
-            step = max(read / self.rates.copy, compute) + self.layers * GRAPH_LAYER
+        ) + self.totals(slots * prompt, tensor)  # fmt: skip
+        cache = memory.kv_cache(self.shape, sequences=sampling.rows, length=1, dtype=self.placed.need.dtype)
+        read = self.width * shards.held(self.shape, self.count, tensor) + cache * (prompt + answer / 2)
+        compute = slots * self.flops(prompt + answer / 2, tensor) / self.rates.matmul
+        if sampling.engine == "graph":
+            step = max(read / self.rates.copy, compute) + self.layers * GRAPH_LAYER + self.totals(slots, tensor)
             return rounds * (prefill + answer * step) + self.links(train=False)
         step = max(self.layers * self.rates.decode, read / self.rates.copy, compute)
-        step += rows * self.shape.vocab * memory.DRAW / self.rates.copy
+        step += slots * self.shape.vocab * memory.DRAW / self.rates.copy
         if self.placed.zero == 3 and self.count > self.placed.need.live:
             step += self.links(train=False)
         return rounds * (prefill + self.links(train=False) + answer * step)
+
+    def totals(self, tokens: float, devices: int) -> float:
+        """Seconds of a forward's sums over the devices that share the weights: two for each layer, `tokens` wide."""
+        if devices == 1:
+            return 0.0
+        hops = 2 * (devices - 1)
+        moved = tokens * self.shape.hidden * self.width * hops / devices
+        return 2 * self.shape.layers * (REDUCE + hops * HOP + moved / self.rates.link)
 
 
 def assumptions(target: Target, dtypes: Mapping[str, None]) -> list[str]:

@@ -15,8 +15,9 @@ from rollouts import LORA, tiny_model
 from rlhfdsl.engines.ports import free_port
 from rlhfdsl.engines.rollout.shards import cuts
 from rlhfdsl.models.lora import add_adapters
-from rlhfdsl.planning import shards
+from rlhfdsl.planning import catalog, shards
 from rlhfdsl.planning.capabilities import table
+from rlhfdsl.planning.families import FAMILIES
 
 # -- how layers are cut ------------------------------------------------------------------------------------------------
 
@@ -104,6 +105,21 @@ def test_types_that_sample_by_graph_have_rules_or_a_reason():
     assert set(shards.types()) <= graph
     assert "all heads" in shards.why_not("olmo2") and shards.rules("olmo2") is None
     assert "no rules" in shards.why_not("new")
+
+
+@pytest.mark.parametrize("name", [name for name in shards.types() if name in FAMILIES])
+def test_planning_counts_what_a_rank_holds(name):
+    """To the unit, but that it counts the vectors that are cut (biases) whole."""
+    model = tiny_model(name)
+    config, own = model.config, dict(model.named_parameters())
+    numbers = {
+        "type": name, "layers": config.num_hidden_layers, "hidden": 64, "heads": 4,
+        "kv_heads": getattr(config, "num_key_value_heads", 4), "head_dim": 16, "vocab": 259, "context": 512,
+        "intermediate": 256 if name == "gpt2" else 128, "tied": True,
+    }  # fmt: skip
+    cut = cuts(model, shards.rules(name), 2, 0)
+    held = sum(cut[key].shape(p.shape).numel() if key in cut and p.dim() == 2 else p.numel() for key, p in own.items())
+    assert shards.held(catalog.shape(numbers), sum(p.numel() for p in own.values()), 2) == held
 
 
 # -- the answers of two ranks ------------------------------------------------------------------------------------------

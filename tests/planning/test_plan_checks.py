@@ -7,7 +7,8 @@ from workshop import CPU, HEAD, PAIRS, PIPELINE, TINY, edge_facts, gpus, model_f
 
 from rlhfdsl.language import load
 from rlhfdsl.language.diagnostics import UserError
-from rlhfdsl.planning import checks, compile, lock
+from rlhfdsl.planning import checks, compile, lock, shards
+from rlhfdsl.planning.catalog import shape
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.validate import validate_plan
 
@@ -399,6 +400,40 @@ def test_rows_that_are_cut_or_dropped(shop):
         ("W0706", "26 of 100 sequences are cut at 128 tokens"),
         ("W0706", "101 of 201 rows are dropped"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "arch", "label", "help"),
+    [
+        (3, "heads = 12, kv_heads = 12", "3 does not divide the 8 GPUs of a node", "tensor = 2, or leave"),
+        (8, "heads = 12, kv_heads = 12", "8 does not divide the 12 heads of a layer", "tensor = 4, or leave"),
+        (4, "heads = 12, kv_heads = 2", "4 does not divide the 2 heads of keys and values", "tensor = 2, or leave"),
+        (4, "heads = 12, intermediate = 90", "4 does not divide the MLP's width of 90", "tensor = 2, or leave"),
+    ],
+)  # fmt: skip
+def test_shards_that_do_not_come_out_even(shop, tensor, arch, label, help):
+    tiny = f"model tiny {{ arch = llama, layers = 2, hidden = 96, {arch}, dtype = bf16 }}\n"
+    text = PIPELINE.replace(TINY, tiny).replace("rollout {", f"rollout {{ tensor = {tensor},")
+    found = shop.problem(text, gpus(8))
+    code, message, hint = said(found)
+    assert code == "E0717" and f"in {tensor} shards" in message and hint.startswith(help)
+    assert (shop.text_at(found), found.label) == (str(tensor), label)
+
+
+def test_shards_need_the_graph(shop):
+    text = PIPELINE.replace("rollout {", "rollout { tensor = 2,")
+    code, message, help = said(shop.problem(text, Target("cpu", None, None, 1, 2, "--gpus")))
+    assert code == "E0717" and "samples with `generate`" in message and help == "leave `tensor` out"
+    code, message, _ = said(shop.problem(text.replace("tensor = 2", "tensor = 2, engine = eager"), gpus(2)))
+    assert code == "E0717" and "samples with `generate`" in message
+
+
+def test_a_type_that_is_not_cut(shop):
+    """OLMo 2's norms of queries and keys run over all heads."""
+    entry = {"type": "olmo2", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 4, "intermediate": 128, "vocab": 100,
+             "context": 512, "tied": False}  # fmt: skip
+    assert shards.misfit(shape(entry), 2, 8) == "olmo2: its norms of queries and keys run over all heads at once"
+    assert shards.misfit(shape(entry), 1, 8) is None
 
 
 def test_a_rollout_engine_that_a_type_cannot_have(shop):

@@ -163,9 +163,10 @@ def test_the_lowest_stage_that_fits(shop):
 
 
 def test_a_layout_that_barely_fits_is_not_taken(shop):
-    """OPT-13B as actor on 8 A100-40G: ZeRO 3 fits and leaves a rollout few sequences at once; with states on the
-    host it samples more at once, in a fraction of the time."""
+    """OPT-13B as actor on 8 A100-40G, whole copies to sample from: ZeRO 3 fits and leaves a rollout few sequences at
+    once; with states on the host it samples more at once, in a fraction of the time."""
     text = (ROOT / "recipes" / "opt-13b-8gpu.rlhf").read_text(encoding="utf-8")
+    text = text.replace("rollout {", "rollout {\n    tensor = 1")
     target = hardware.resolve({"gpu": "a100-40g", "gpus": 8}, None, CPU)
     planned = stage(shop.plan(text, target), "stage.ppo")
     assert planned["engines"]["actor"]["offload"] == "both" and planned["batch"]["generate_per_rank"] == 16
@@ -174,6 +175,33 @@ def test_a_layout_that_barely_fits_is_not_taken(shop):
         text = text.replace(f"{name} {{ model", f"{name} {{ parallel = parallel.p, model")
     planned = stage(shop.plan(text, target), "stage.ppo")
     assert planned["engines"]["actor"]["offload"] == "off" and planned["batch"]["generate_per_rank"] <= 8
+
+
+def test_shards_where_a_copy_has_no_room(shop):
+    """OPT-66B as actor on 8 A100-80G: 122 GiB of weights have no room on one, an eighth of them has."""
+    text = (ROOT / "recipes" / "opt-66b-8gpu.rlhf").read_text(encoding="utf-8")
+    target = hardware.resolve({"gpu": "a100-80g", "gpus": 8}, None, CPU)
+    planned = stage(shop.plan(text, target), "stage.ppo")
+    chosen = planned["engines"]["actor"]["rollout"]
+    assert (chosen["engine"], chosen["tensor"]) == ("graph", 8) and "in 8 shards" in chosen["reason"]
+    whole = stage(shop.plan(text.replace("rollout {", "rollout {\n    tensor = 1"), target), "stage.ppo")
+    chosen = whole["engines"]["actor"]["rollout"]
+    assert (chosen["engine"], chosen["tensor"]) == ("eager", 1) and "have no room" in chosen["reason"]
+    assert planned["time"]["each"]["generate"] < whole["time"]["each"]["generate"] / 10
+    four = stage(shop.plan(text.replace("rollout {", "rollout {\n    tensor = 4"), target), "stage.ppo")
+    chosen = four["engines"]["actor"]["rollout"]
+    assert chosen["tensor"] == 4 and "in 4 shards" in chosen["reason"] and "GPUs that hold" not in chosen["reason"]
+
+
+def test_weights_in_place_are_not_cut_unasked(shop):
+    text = PIPELINE.replace("model.tiny", "model.o").replace(TINY, 'model o { from = "facebook/opt-1.3b" }\n')
+    planned = stage(shop.plan(text, gpus(8)), "stage.ppo")
+    assert planned["engines"]["actor"]["zero"] == 1 and planned["engines"]["actor"]["rollout"]["tensor"] == 1
+    asked = stage(shop.plan(text.replace("rollout {", "rollout { tensor = 2,"), gpus(8)), "stage.ppo")
+    chosen = asked["engines"]["actor"]["rollout"]
+    assert (chosen["engine"], chosen["tensor"]) == ("graph", 2) and "in 2 shards" in chosen["reason"]
+    more = asked["memory"]["phases"]["generate"]["working"] - planned["memory"]["phases"]["generate"]["working"]
+    assert more > 1.2e9  # beside the weights in place, half of 2.6 GB: a copy of its own
 
 
 def test_checkpointing_and_micro_follow_the_memory(shop):

@@ -72,6 +72,30 @@ def test_a_training_step_by_hand(monkeypatch):
     assert slow - sum(step.values()) == pytest.approx(9 * (step["reduced"] + step["gathered"]))
 
 
+def test_a_step_over_shards_by_hand(monkeypatch):
+    """4 of 8 devices share OPT-1.3B: each reads a fourth of its layers for 4 x 16 sequences and sums them twice."""
+    rates = Rates(
+        matmul=1e18, train=1.0, copy=1e12, link=1e11, network=1e10, host=1e10, decode=1e-3, forward=0.0,
+        price=None, origin="a test",
+    )  # fmt: skip
+    monkeypatch.setattr(Target, "rates", lambda self, dtype: rates)
+    eight = Target("cuda", "h100-80g", 81559 * MIB, 1, 8, "--gpus")
+    count = parameters(shape(lookup("facebook/opt-1.3b")))
+    layers = 24 * 12 * 2048**2  # matrices of 4 and 8 times the square of the width
+    placed = fit(
+        [need("actor", "facebook/opt-1.3b", 16, 512, zero=3, micro=16, checkpointing=False)],
+        Rollout(16, 256, 512, "graph", tensor=4), eight,
+    )  # fmt: skip
+    assert (placed.sampling.rows, placed.sampling.tensor) == (16, 4)
+    cache = 2 * 24 * 2048 * 2 * 16 * 384  # of the mean length: 64 rows, a fourth of the heads
+    sums = 2 * 24 * (6.6e-6 + 6 * 0.6e-6 + 64 * 2048 * 2 * 6 / 4 / 1e11)
+    step = (2 * (count - layers * 3 / 4) + cache) / 1e12 + 24 * timing.GRAPH_LAYER + sums
+    prompts = 2 * 24 * (6.6e-6 + 6 * 0.6e-6 + 64 * 256 * 2048 * 2 * 6 / 4 / 1e11)
+    gathered = 2 * count * 7 / 8 / 1e11
+    found = seconds(placed, OnPolicy(16, 256, 256, 1, 1, 0, 512), eight)["generate"]
+    assert found == pytest.approx(prompts + 256 * step + gathered, rel=1e-3)
+
+
 def test_checkpointing_offload_and_zero_3_cost_time():
     def took(**changed):
         target = Target("cuda", "a100-80g", 81920 * MIB, 1, 8, "--gpus")

@@ -96,6 +96,12 @@ def test_numbers_equal_those_of_one_rank_at_stage_0(runs, run):
     assert found == pytest.approx(expected, abs=2e-3, rel=2e-3), worst
 
 
+def test_two_ranks_at_stage_3_sample_from_shards(runs):
+    for stage in ("ppo", "adapted"):
+        (chosen,) = (e for e in read_metrics(runs / "2-3" / stage / "metrics.jsonl") if e["event"] == "rollout")
+        assert chosen["engine"] == "graph" and "in 2 shards" in chosen["reason"]
+
+
 ARTIFACTS = (
     "sft/model", "reward/model", "ppo/actor", "ppo/actor-ema", "ppo/critic",
     "adapted/actor", "adapted/actor-ema", "adapted/critic",

@@ -27,6 +27,7 @@ _LORA = "lora { } trains the adapters alone, of one kind"
 _DERIVED = "derived here"
 _HOOKS = "logging goes to the run's folder"
 _FAST = "chosen here from what the model and the GPU allow"
+_TENSOR = "`rollout.tensor` takes as few GPUs for a copy of the weights as it needs"
 _ENGINE = "the rollout runs on the training weights, so there is no second engine to set up"
 _HUB = "nothing is pushed to a hub"
 _LOAD = "sources are read once, when rlhf.lock is made"
@@ -93,7 +94,7 @@ TOOLS: dict[str, Tool] = {
         {
             **_COMMON_WITHOUT, "data_output_path": _LOAD, "local_rank": _LAUNCH,
             "enable_mixed_precision_lora": _FAST, "num_padding_at_beginning": "padding is told by lengths",
-            "enable_hybrid_engine": _FAST, "inference_tp_size": _ENGINE, "tp_gather_partition_size": _ENGINE,
+            "enable_hybrid_engine": _FAST, "inference_tp_size": _TENSOR, "tp_gather_partition_size": _ENGINE,
             "unpin_actor_parameters": _ENGINE, "release_inference_cache": _ENGINE, "print_loss": _HOOKS,
             "enable_tensorboard": _HOOKS, "tensorboard_path": _HOOKS, "print_answers": _HOOKS,
             "print_answers_interval": _HOOKS, "compute_fp32_loss": "losses are always in fp32",
@@ -138,10 +139,10 @@ TOOLS: dict[str, Tool] = {
             "rejected_key": _COLUMNS, "apply_chat_template": _TEMPLATE,
             "data.apply_chat_template": _TEMPLATE, "flash_attn": _FAST,
             "packing_samples": _FAST, "ds.packing_samples": _FAST, "micro_rollout_batch_size": _DERIVED,
-            "vllm_num_engines": _ENGINE, "vllm_tensor_parallel_size": _ENGINE, "colocate_all_models": _ENGINE,
+            "vllm_num_engines": _ENGINE, "vllm_tensor_parallel_size": _TENSOR, "colocate_all_models": _ENGINE,
             "vllm_gpu_memory_utilization": _ENGINE, "vllm_enable_sleep": _ENGINE, "deepspeed_enable_sleep": _ENGINE,
             "vllm_sync_backend": _ENGINE, "enforce_eager": _ENGINE, "vllm.num_engines": _ENGINE,
-            "vllm.tensor_parallel_size": _ENGINE, "vllm.gpu_memory_utilization": _ENGINE, "vllm.sync_backend": _ENGINE,
+            "vllm.tensor_parallel_size": _TENSOR, "vllm.gpu_memory_utilization": _ENGINE, "vllm.sync_backend": _ENGINE,
             "vllm.enforce_eager": _ENGINE, "vllm.enable_sleep": _ENGINE, "ds.enable_sleep": _ENGINE,
             "train.colocate_all": _ENGINE, "train.dynamic_batch_enable": _DERIVED, "train.max_tokens_per_gpu": _DERIVED,
             "ref_num_nodes": _ENGINE, "ref_num_gpus_per_node": _ENGINE, "reward_num_nodes": _ENGINE,
