@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from rlhfdsl.engines import gradients, passes
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.inputs import forward_inputs, takes
@@ -37,6 +38,8 @@ class Engine:
             model=module, model_parameters=parameters, config=copy.deepcopy(spec["deepspeed"])
         )
         self.device = self.deepspeed.device
+        passes.without_masks(self.module)
+        gradients.added_at_once(self.deepspeed.optimizer)
         if spec["trains"] and spec["zero"] == 0:
             self.deepspeed.clip_fp32_gradients = self._clip
         if not spec["trains"]:

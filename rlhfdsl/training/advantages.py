@@ -31,14 +31,15 @@ def advantages_and_returns(
     """
     with torch.no_grad():
         values, rewards = values * mask, rewards * mask
-        advantages = torch.zeros_like(values)
-        following = torch.zeros_like(values[:, 0])
-        next_value = torch.zeros_like(values[:, 0])
-        for t in reversed(range(values.shape[1])):
-            delta = rewards[:, t] + gamma * next_value - values[:, t]
-            following = (delta + gamma * lam * following) * mask[:, t]
-            advantages[:, t] = following
-            next_value = values[:, t]
+        following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+        # token by token on the CPU: on a GPU each token would be a few kernels that compute next to nothing
+        deltas, here = ((rewards + gamma * following - values).T.cpu(), mask.T.cpu())
+        advantages = torch.zeros_like(deltas)
+        last = torch.zeros_like(deltas[0])
+        for t in reversed(range(len(deltas))):
+            last = (deltas[t] + gamma * lam * last) * here[t]
+            advantages[t] = last
+        advantages = advantages.T.to(values.device)
         return advantages, advantages + values
 
 

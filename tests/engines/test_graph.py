@@ -7,6 +7,7 @@ import pytest
 import torch
 from rollouts import LORA, PROMPTS, TYPES, judged, learn, same, sampled, tiny
 
+from rlhfdsl.engines import passes
 from rlhfdsl.engines.rollout import parity
 from rlhfdsl.engines.rollout.cache import RowLayer
 from rlhfdsl.engines.rollout.eager import EagerSampler
@@ -119,7 +120,7 @@ def test_a_released_sampler_starts_again():
 def test_the_model_has_its_own_attention_again():
     engine = tiny("llama")
     sampled(GraphSampler(engine))
-    assert engine.module.config._attn_implementation == "sdpa"
+    assert engine.module.config._attn_implementation == passes.CAUSAL
 
 
 # -- which engine ------------------------------------------------------------------------------------------------------

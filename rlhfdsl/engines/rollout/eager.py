@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from rlhfdsl.engines import passes
 from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling
 from rlhfdsl.engines.rollout.sampling import gumbel
@@ -76,12 +77,13 @@ class EagerSampler(Sampler):
             use_cache=True,
         )
         try:
-            return module.generate(
-                prompts,
-                attention_mask=mask,
-                logits_processor=LogitsProcessorList([processor]),
-                synced_gpus=self.engine.partitioned,
-            )
+            with passes.with_masks(module):
+                return module.generate(
+                    prompts,
+                    attention_mask=mask,
+                    logits_processor=LogitsProcessorList([processor]),
+                    synced_gpus=self.engine.partitioned,
+                )
         finally:
             module.generation_config = own
             self.engine.deepspeed.train(was_training)
