@@ -9,7 +9,9 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from command import rlhf
+from safetensors.torch import load_file
 
 import rlhfdsl
 from recipes import RECIPE, small
@@ -154,20 +156,63 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_pickled_weights_are_not_opened(tmp_path):
+@pytest.fixture
+def pickled(tmp_path) -> Path:
+    """A model with weights in .bin form alone, and `ran`, which is touched when code in them is."""
+    from small import scratch
+
+    folder = tmp_path / "model"
+    scratch(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_pickled_weights_that_no_lock_pins_are_not_opened(pickled, tmp_path):
     """Even by a plan that says so itself, without the lock's look at the folder."""
-    from small import scratch, spec
+    from small import spec
 
     from rlhfdsl.models.loading import load_model
 
-    folder, marker = tmp_path / "model", tmp_path / "ran"
-    scratch(folder)
-    (folder / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "model.pt", "adapter_model.bin"):
-        (folder / name).write_bytes(pickle.dumps(Evil(marker)))
+        (pickled / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     with pytest.raises(UserError) as error:
-        load_model(spec(), str(folder), revision=None, seed=1)
-    assert error.value.code == "E0820" and not marker.exists()
+        load_model(spec(), str(pickled), revision=None, seed=1)
+    assert error.value.code == "E0820" and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_pickles_that_hold_more_than_tensors_run_nothing(pickled, tmp_path):
+    from small import spec
+
+    from rlhfdsl.models.loading import load_model
+
+    path = pickled / "pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+
+    def load() -> UserError:
+        with pytest.raises(UserError) as error:
+            load_model(spec(), str(pickled), revision=None, seed=1, pickles=["pytorch_model.bin"])
+        return error.value
+
+    for zipped in (True, False):
+        torch.save(weights | {"x": Evil(tmp_path / "ran")}, path, _use_new_zipfile_serialization=zipped)
+        refused = load()
+        assert refused.code == "E0852" and "GLOBAL posix.system" in refused.help
+        assert "weights_only" not in refused.help  # not torch's advice to load it unsafely
+    torch.save({"model": weights}, path)
+    assert "no table of tensors" in load().help
+    torch.save(weights, path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"\x80\x04.", b"version https://git-lfs.github.com/spec/v1\n", whole[:-100], whole[:5000]):
+        path.write_bytes(damaged)
+        assert load().code == "E0852"
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin", "b": "other.bin"}}
+    path.rename(pickled / "pytorch_model-00001-of-00001.bin")
+    (pickled / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="other.bin, which is not locked"):
+        load_model(spec(), str(pickled), revision=None, seed=1, pickles=["pytorch_model-00001-of-00001.bin"])
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_template_cannot_reach_python(tmp_path):

@@ -37,7 +37,7 @@ NOT_A_CONTINUATION = "E0841"  # the template rewrites the prompt when the answer
 # Models and tokenizers
 MODEL_MISSING = "E0850"
 NOT_A_MODEL = "E0851"
-ONLY_BIN = "E0852"
+UNSAFE_PICKLE = "E0852"  # weights in .bin form that hold more than tensors, or are damaged
 CONFIG = "E0853"
 TOKENIZER = "E0854"
 HUB_MODEL = "E0855"

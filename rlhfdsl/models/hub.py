@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.planning.checkpoints import weights
 
-# What loading a model or data set may read. Code and pickles are not among it, so they are neither kept nor looked at.
+# What loading a model or data set may read. Code is not among it, so it is neither kept nor looked at; the pickles that
+# torch writes are, where a model has no safetensors.
 _READ = re.compile(
     r"(^|/)(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
-    r"|model\.safetensors\.index)\.json$|\.safetensors$|(^|/)(merges|vocab)\.txt$|\.model$|\.jinja$"
+    r"|model\.safetensors\.index)\.json$|^pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?$|\.safetensors$|(^|/)(merges|vocab)\.txt$|\.model$|\.jinja$"
 )
 _DATA = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.gz)?$")
 _MOST = 2000  # files of a data set that are listed; the commit covers all of them
@@ -41,7 +43,7 @@ def pin_repo(name: str, kind: str, revision: str | None) -> dict[str, Any]:
             lfs = getattr(file, "lfs", None)
             known = {"sha256": f"sha256:{lfs.sha256}"} if lfs else {"git": f"git:{file.blob_id}"}
             files[file.rfilename] = {"bytes": file.size, **known}
-    return _pinned(info.sha, files)
+    return _pinned(info.sha, files, kind)
 
 
 def _cached(name: str, kind: str, revision: str | None) -> dict[str, Any]:
@@ -65,10 +67,12 @@ def _cached(name: str, kind: str, revision: str | None) -> dict[str, Any]:
             # The cache names a file by the hash that the hub gave it: sha256 or git's.
             scheme = "git" if len(path.resolve().name) == 40 else "sha256"
             files[relative] = {"bytes": path.stat().st_size, scheme: hash_of(path, scheme)}
-    return _pinned(folder.name, files)
+    return _pinned(folder.name, files, kind)
 
 
-def _pinned(commit: str, files: Mapping[str, Any]) -> dict[str, Any]:
+def _pinned(commit: str, files: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    if kind == "model" and not any(name.endswith(".bin") for name in weights(files)):
+        files = {name: pin for name, pin in files.items() if ".bin" not in name}
     return {"revision": commit, "files": dict(sorted(files.items())[:_MOST])}
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhfdsl.data import codes
 from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.models.lora import add_adapters
 from rlhfdsl.models.quiet import quiet
 from rlhfdsl.models.scalar import HEAD, ScalarModel, reset_head
 from rlhfdsl.models.scratch import scratch_config
 from rlhfdsl.models.tokenizers import load_tokenizer
+from rlhfdsl.models.weights import INDEXES, PICKLE, index_names
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -29,7 +34,13 @@ _DROPOUT = (
 
 
 def load_model(
-    engine: dict, source: str, *, revision: str | None, seed: int, device: torch.device | None = None
+    engine: dict,
+    source: str,
+    *,
+    revision: str | None,
+    seed: int,
+    device: torch.device | None = None,
+    pickles: Sequence[str] = (),
 ) -> nn.Module:
     """The module that an engine of the plan trains or scores with, partitioned where ZeRO 3 is.
 
@@ -38,13 +49,20 @@ def load_model(
     seed: fills a scalar head that the source does not have, and new adapters.
     device: where the weights are read to, each in the engine's dtype, so that the host never holds them all; left
     out, the CPU. Without effect while ZeRO 3 partitions.
+    pickles: the files of weights in .bin form, where the source has no others and the lock pins them; without them
+    only safetensors are read.
     Returns a causal model of transformers, or a `ScalarModel` for `head = scalar`.
-    Raises UserError when the source holds no decoder that transformers can load.
+    Raises UserError when the source holds no decoder that transformers can load, and for a pickle that holds more
+    than tensors, of which nothing is run.
     """
+    if pickles:
+        _look_into(pickles, source, revision, engine["base"])
     scalar = engine["head"] == "scalar"
     automodel = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
     options = {"attn_implementation": engine["attention"], "dtype": DTYPES[engine["dtype"]], "revision": revision}
-    options |= {"trust_remote_code": False, "use_safetensors": True}  # neither code nor pickles of a repository run
+    # No code of a repository runs, in a pickle neither: with weights_only torch builds tensors and nothing else.
+    options |= {"trust_remote_code": False, "use_safetensors": not pickles, "weights_only": True}
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would ask a service to convert the repository
     if device is not None and engine["deepspeed"]["zero_optimization"]["stage"] < 3:
         options["device_map"] = {"": device}
     with quiet():
@@ -85,6 +103,37 @@ def load_model(
     if engine["gradient_checkpointing"]:
         wrapped.gradient_checkpointing_enable()
     return wrapped
+
+
+def _look_into(pickles: Sequence[str], source: str, revision: str | None, at: str) -> None:
+    """Read what pickled weights list, and no tensor's data. Raises UserError for one that is anything but tensors."""
+    local = Path(source)
+
+    def located(name: str) -> Path:
+        return local / name if local.is_dir() else Path(hf_hub_download(source, name, revision=revision))
+
+    if PICKLE not in pickles:
+        listed = index_names(located(INDEXES[1]), f"{source}/{INDEXES[1]}", at)
+        strange = sorted(set(listed) - set(pickles))
+        if strange:
+            message = f"the index of `{source}` lists {strange[0]}, which is not locked"
+            raise UserError(codes.WEIGHTS, message, at=at, place=f"{source}/{INDEXES[1]}", help="lock the recipe again")
+    for name in pickles:
+        path = located(name)
+        try:
+            held = torch.load(path, map_location="meta", weights_only=True)
+            if not isinstance(held, Mapping) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+                raise ValueError("it is no table of tensors")
+        except Exception as error:  # what is wrong in a pickle surfaces as whatever its instructions meet
+            # torch puts the advice to load the file unsafely around what its unpickler said.
+            why = first_line(error.__context__ or error)
+            raise UserError(
+                codes.UNSAFE_PICKLE,
+                f"`{name}` of `{source}` cannot be read safely as weights",
+                at=at,
+                place=str(path),
+                help=f"{why} Nothing of it was run: copy it again, or take the model from another place",
+            ) from error
 
 
 def make_scratch(entry: dict, base: Path, directory: Path, seed: int) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.data import codes
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.models import weights
 from rlhfdsl.models.quiet import quiet
-from rlhfdsl.planning import catalog, lock
+from rlhfdsl.models.weights import read_json
+from rlhfdsl.planning import catalog, checkpoints, lock
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -53,9 +53,7 @@ _FIXED_DATE = (
     + " -}}{%- endmacro -%}"
 )
 
-_BUFFERS = re.compile(r"(\.attn|\.attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
-_SCALAR_HEADS = re.compile(r"^(score|v_head|value_head|classifier|classification_head)\.")
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_MODEL_FILES = ("config.json", "generation_config.json", *weights.INDEXES)
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
@@ -164,7 +162,7 @@ def generation_settings(entry: Mapping[str, Any], base: Path, address: str | Non
     source, options, named = _located(_pinned(entry, "from"), base)
     if named:
         path = Path(source) / "generation_config.json"
-        return _read_json(path, f"{named}/{path.name}", _at(address, "from")) if path.is_file() else {}
+        return read_json(path, f"{named}/{path.name}", _at(address, "from")) if path.is_file() else {}
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -173,7 +171,7 @@ def generation_settings(entry: Mapping[str, Any], base: Path, address: str | Non
     except LocalEntryNotFoundError as error:
         # Offline. A cached snapshot with weights is whole, so the model has no such file; else nobody knows.
         config = try_to_load_from_cache(source, "config.json", **options)
-        if isinstance(config, str) and any(Path(config).parent.glob("*.safetensors")):
+        if isinstance(config, str) and checkpoints.weights(path.name for path in Path(config).parent.iterdir()):
             return {}
         raise _hub_model(source, _at(address, "from"), error) from error
     except EntryNotFoundError:
@@ -212,9 +210,9 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
     """What planning needs of a model (MODELFACTS): shape, exact parameters, tokenizer, template, files.
 
     `parameters` counts the causal model without a scalar head, from the headers of its safetensors files (of
-    the hub, when it answers) or from the numbers of a model from scratch; None when nothing tells. Raises
-    UserError for a directory that is missing or no model, for one with .bin weights only, and for a broken
-    configuration, weights header or tokenizer.
+    the hub, when it answers) or from the numbers of a model from scratch; None when nothing tells, as with pickled
+    weights, which are not opened here. Raises UserError for a directory that is missing or no model, and for a
+    broken configuration, weights header or tokenizer.
     """
     files: dict[str, dict[str, Any]] = {}
     hub = _hub_pins(entry, address)
@@ -232,24 +230,17 @@ def model_facts(entry: Mapping[str, Any], base: Path, address: str | None = None
         if named:
             at = _at(address, "from")
             config = _local_config(Path(source), named, at)
-            weights = _weight_files(Path(source), named, at)
-            tensors = (_header(path, f"{named}/{path.name}", at) for path in weights)
+            paths = weights.weight_files(Path(source), named, at)
+            tensors = weights.local_headers(paths, named, at)
             others = (Path(source) / name for name in _MODEL_FILES)
-            files |= pin(named, Path(source), [*others, *weights])
+            files |= pin(named, Path(source), [*others, *paths])
         else:
-            if not any(name.endswith(".safetensors") for name in hub[source]["files"]):
-                raise UserError(
-                    codes.ONLY_BIN,
-                    f"`{source}` has no weights in safetensors form",
-                    at=_at(address, "from"),
-                    place=source,
-                    help="only safetensors are loaded, since a .bin file can run code; convert it once with "
-                    'transformers\' save_pretrained and name the directory: from = "./…"',
-                )
+            if not checkpoints.weights(hub[source]["files"]):
+                raise weights.no_weights(source, _at(address, "from"))
             config = _hub_config(source, options, _at(address, "from"))
-            tensors = _hub_headers(source, options, hub[source]["files"])
+            tensors = weights.hub_headers(source, options, hub[source]["files"])
         numbers = _numbers(config, named or source, _at(address, "from"))
-        numbers["parameters"] = _count(tensors, numbers["tied"])
+        numbers["parameters"] = weights.count(tensors, numbers["tied"])
         setting = "tokenizer" if entry["tokenizer"] else "from"
     tokenizer = load_tokenizer(entry, base, address)
     ids = max(tokenizer.get_vocab().values()) + 1
@@ -359,7 +350,7 @@ def _local_config(directory: Path, named: str, at: str | None) -> PretrainedConf
             help="name a directory that `save_pretrained` or a stage wrote",
         )
     place = f"{named}/config.json"
-    raw = _read_json(path, place, at)
+    raw = read_json(path, place, at)
     from transformers import AutoConfig
 
     try:
@@ -377,77 +368,6 @@ def _local_config(directory: Path, named: str, at: str | None) -> PretrainedConf
         ) from error
 
 
-def _weight_files(directory: Path, named: str, at: str | None) -> list[Path]:
-    """The safetensors files of a directory, as its index lists them."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        listed = _read_json(index, f"{named}/{index.name}", at).get("weight_map")
-        if not isinstance(listed, dict):
-            raise UserError(
-                codes.WEIGHTS,
-                f"`{named}/{index.name}` has no `weight_map`",
-                at=at,
-                place=f"{named}/{index.name}",
-                help="copy or save the model again",
-            )
-        paths = [directory / name for name in sorted(set(listed.values()))]
-    else:
-        paths = sorted(directory.glob("model*.safetensors"))
-    absent = [path.name for path in paths if not path.is_file()]
-    if absent:
-        raise UserError(
-            codes.WEIGHTS,
-            f"`{named}` lacks {absent[0]}, which its index lists",
-            at=at,
-            place=f"{named}/{index.name}",
-            help="copy the missing file",
-        )
-    if not paths:
-        old = sorted(directory.glob("*.bin"))
-        raise UserError(
-            codes.ONLY_BIN if old else codes.NOT_A_MODEL,
-            f"`{named}` has weights in .bin form only" if old else f"`{named}` has no weights",
-            at=at,
-            place=f"{named}/{old[0].name}" if old else named,
-            help="load it with transformers and save it again: `save_pretrained` writes model.safetensors",
-        )
-    return paths
-
-
-def _header(path: Path, place: str, at: str | None) -> dict[str, list[int]]:
-    """Name and shape of each tensor in a safetensors file: 8 bytes of length, JSON, then the data."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 0 < size <= path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if path.stat().st_size != 8 + size + end:
-            raise ValueError(f"it should have {8 + size + end} bytes and has {path.stat().st_size}")
-        return {name: tensor["shape"] for name, tensor in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            codes.WEIGHTS,
-            f"`{place}` is no whole safetensors file",
-            at=at,
-            place=place,
-            help=f"{first_line(error)}; copy it again",
-        ) from error
-
-
-def _count(headers: Iterable[Mapping[str, Sequence[int]]], tied: bool) -> int | None:
-    """Parameters over all files, without buffers, a scalar head, or an output matrix that is tied."""
-    shapes = {name: shape for header in headers for name, shape in header.items()}
-    counted = [
-        math.prod(shape)
-        for name, shape in shapes.items()
-        if not _BUFFERS.search(name)
-        and not _SCALAR_HEADS.search(name)
-        and not (tied and name in ("lm_head.weight", "embed_out.weight"))
-    ]
-    return sum(counted) if counted else None
 
 
 def _hub_config(source: str, options: dict, at: str | None) -> PretrainedConfig:
@@ -459,27 +379,6 @@ def _hub_config(source: str, options: dict, at: str | None) -> PretrainedConfig:
         raise _hub_model(source, at, error) from error
 
 
-def _hub_headers(source: str, options: dict, names: Iterable[str]) -> list[dict[str, list[int]]]:
-    """Tensor shapes from the hub, which reads only the heads of the files, or from the cache; none when neither tells.
-
-    names: the files of the repository.
-    """
-    from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
-
-    try:
-        metadata = get_safetensors_metadata(source, **options)
-    except Exception:  # offline: the count stays unknown where the cache lacks a file, and nothing else is lost
-        weights = [name for name in names if name.endswith(".safetensors")]
-        cached = {name: try_to_load_from_cache(source, name, **options) for name in weights}
-        if not all(isinstance(path, str) for path in cached.values()):
-            return []
-        return [_header(Path(str(path)), f"{source}/{name}", None) for name, path in cached.items()]
-    return [
-        {name: list(tensor.shape) for name, tensor in file.tensors.items()}
-        for file in metadata.files_metadata.values()
-    ]
-
-
 def _hub_model(source: str, at: str | None, error: Exception) -> UserError:
     return UserError(
         codes.HUB_MODEL,
@@ -488,26 +387,6 @@ def _hub_model(source: str, at: str | None, error: Exception) -> UserError:
         place=source,
         help=f"{first_line(error)} Run once with a network (HF_HUB_OFFLINE unset, `hf auth login` for a "
         'gated model), or download it and name the directory: from = "./…"',
-    )
-
-
-def _read_json(path: Path, place: str, at: str | None) -> dict[str, Any]:
-    """A JSON object from a model's directory. Raises UserError with the line where it breaks."""
-    line, why = None, "it holds no JSON object"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-    except json.JSONDecodeError as error:
-        line, why = error.lineno, f"{error.msg} at column {error.colno}"
-    except (OSError, UnicodeDecodeError) as error:
-        why = first_line(error)
-    raise UserError(
-        codes.CONFIG,
-        f"`{place}` cannot be read: {why}",
-        at=at,
-        place=f"{place}:{line}" if line else place,
-        help="save or copy the model again",
     )
 
 

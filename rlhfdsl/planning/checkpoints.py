@@ -1,4 +1,5 @@
-"""A model's numbers from its directory with the standard library alone, for a plan that is made without a lock.
+"""What the names and configuration of a model's files tell, with the standard library alone: which hold its weights,
+and its numbers, for a plan that is made without a lock.
 
 config.json leaves out what equals the default of its class, and the families spell the same number in several ways.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,28 @@ _NAMES = {
     "head_dim": ("head_dim",),
     "embed": ("word_embed_proj_dim",),
 }
+_SAFE = re.compile(r"model[^/]*\.safetensors")
+_PICKLED = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library allows
+
+
+def weights(names: Iterable[str]) -> list[str]:
+    """Those of a model's files from which its weights are read: safetensors, and pickles only where it has none."""
+    names = sorted(names)
+    return [name for name in names if _SAFE.fullmatch(name)] or [name for name in names if _PICKLED.fullmatch(name)]
+
+
+def pickles(entry: Mapping[str, Any]) -> list[str]:
+    """The pickles that hold the weights of a model of the plan, as its facts pin them; none while it has no facts."""
+    source, facts = entry["from"], entry["facts"]
+    if source is None or facts is None:
+        return []
+    if "hub" in source:
+        names = list(facts.get("hub", {}).get(source["hub"], {"files": ()})["files"])
+    else:
+        folder = f"{source['path']}/"
+        names = [name.removeprefix(folder) for name in facts["files"] if name.startswith(folder)]
+    return [name for name in names if name.endswith(".bin")]
 
 
 def of_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Recipe
-from rlhfdsl.planning import advice
+from rlhfdsl.planning import advice, checkpoints
 from rlhfdsl.planning.batches import Misfit, nearest_divisor, remainder
 from rlhfdsl.planning.entries import Model
 from rlhfdsl.planning.families import FAMILIES
@@ -52,6 +52,7 @@ CODES = {
     "W0704": "nothing holds the policy near its reference",
     "W0705": "the reference is not what the actor starts from",
     "W0706": "many rows are cut or dropped",
+    "W0707": "the weights of a model are pickled",
 }
 
 
@@ -61,6 +62,19 @@ def unknown_gpu(recipe: Recipe, name: str, at: str) -> Diagnostic:
     listed = ", ".join((*catalog(), "cpu"))
     problems.report("E0714", f"`{name}` is not in the catalog of GPUs", at, help=f"one of {listed}")
     return problems.found[0]
+
+
+def pickled(problems: Problems, model: Model) -> None:
+    """A model whose weights are in .bin form, which is pickle, by the files that its facts pin."""
+    files = checkpoints.pickles(model.entry)
+    if files:
+        named = model.entry["from"].get("hub") or model.entry["from"]["path"]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        problems.report(
+            "W0707", f"the weights of `{named}` are in .bin form, which is pickle", f"{model.address}.from",
+            notes=[f"{files[0]}{more}: pinned by sha256, and read with torch.load(weights_only=True)"],
+            help="nothing has to be done: no code in them is run. Safetensors of the same model need no such care",
+        )  # fmt: skip
 
 
 def engine(problems: Problems, where: Target, model: Model, part: Part) -> None:

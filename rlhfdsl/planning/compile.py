@@ -15,7 +15,7 @@ from typing import Any
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Block, Recipe, Reference
 from rlhfdsl.language.schema import naming
-from rlhfdsl.planning import entries, onpolicy, scorers, stages, timing
+from rlhfdsl.planning import checks, entries, onpolicy, scorers, stages, timing
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.placing import Scope, base_of
 from rlhfdsl.planning.problems import Problems
@@ -45,6 +45,8 @@ def compile(
         for block in recipe.of_kind("model")
         if block.address in reached
     }
+    for model in models.values():
+        checks.pickled(problems, model)
     scope = Scope(recipe, lock, target, problems, models, fit)
     output = recipe.block["output"]
     planned = []

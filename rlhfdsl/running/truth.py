@@ -133,8 +133,8 @@ def _context(plan: dict[str, Any], stage: dict[str, Any], base: Path, device: An
             gauge.built()
             return made
 
-        def _source(self, weights: dict[str, str]) -> tuple[str, str | None]:
-            return weights["model"], None
+        def _source(self, weights: dict[str, str]) -> tuple[str, str | None, list[str]]:
+            return weights["model"], None, []
 
     return Bench(plan, stage, base, base, device, gauge.report)
 

@@ -17,6 +17,7 @@ from rlhfdsl.engines.checkpoint.keeper import Carries, Keeper
 from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine
 from rlhfdsl.models.loading import load_model, make_scratch, partitioned
 from rlhfdsl.models.tokenizers import generation_settings, load_tokenizer, stop_ids
+from rlhfdsl.planning.checkpoints import pickles
 from rlhfdsl.planning.keys import stamp
 from rlhfdsl.planning.lock import pinned
 
@@ -82,9 +83,11 @@ class Context:
     def engine(self, name: str, kind: type[AnyEngine]) -> AnyEngine:
         """Load the model of an engine of the plan and put it on DeepSpeed."""
         spec = self.stage["engines"][name]
-        source, revision = self._source(spec["weights"])
+        source, revision, pickled = self._source(spec["weights"])
         with partitioned(spec["deepspeed"]):
-            module = load_model(spec, source, revision=revision, seed=self.seed, device=self.device)
+            module = load_model(
+                spec, source, revision=revision, seed=self.seed, device=self.device, pickles=pickled
+            )
         engine = kind(name, spec, module)
         engine.pulse = self.pulse or engine.pulse
         return engine
@@ -111,17 +114,18 @@ class Context:
         """Where to write an artifact of this stage, inside `directory`."""
         return self.directory / Path(self.stage["artifacts"][name]).name
 
-    def _source(self, weights: dict[str, str]) -> tuple[str, str | None]:
+    def _source(self, weights: dict[str, str]) -> tuple[str, str | None, list[str]]:
+        """A directory or hub id, the revision of a hub id, and the pickles that hold the weights where they do."""
         if "stage" in weights:
             maker = next(s for s in self.plan["stages"] if s["address"] == weights["stage"])
-            return maker["artifacts"][weights["artifact"]], None
+            return maker["artifacts"][weights["artifact"]], None, []
         address = weights["model"]
         entry = self.plan["models"][address]
         if entry["from"] is None:
-            return str(self._scratch(address, entry)), None
+            return str(self._scratch(address, entry)), None, []
         if "path" in entry["from"]:
-            return str(self.base / entry["from"]["path"]), None
-        return entry["from"]["hub"], pinned(entry["from"], entry["facts"])["revision"]
+            return str(self.base / entry["from"]["path"]), None, pickles(entry)
+        return entry["from"]["hub"], pinned(entry["from"], entry["facts"])["revision"], pickles(entry)
 
     def _scratch(self, address: str, entry: dict[str, Any]) -> Path:
         """The directory of a model from scratch, made by the first stage that needs it."""

@@ -1,5 +1,6 @@
 """Models and data of a hub, against a local server: pinned, verified, nothing run, no secret kept, and offline."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -151,7 +152,7 @@ def test_without_a_network_the_cache_gives_the_same_pins(hub, folder):
     assert len(hub.requests) == asked and path.read_text() == before
 
 
-def test_code_and_pickles_of_a_repository(hub, files, shell, folder):
+def test_code_of_a_repository(hub, files, shell, folder):
     marker = folder / "ran"
     evil = f"open({str(marker)!r}, 'w')\n".encode()
     config = json.loads(files["config.json"])
@@ -161,13 +162,11 @@ def test_code_and_pickles_of_a_repository(hub, files, shell, folder):
     hub.put("dataset", "org/pairs", pairs(12))
     code_in_model = files | {"config.json": json.dumps(config).encode(), "evil.py": evil}
     code_in_tokenizer = files | {"tokenizer_config.json": json.dumps(tokens).encode(), "evil.py": evil}
-    pickled = {k: v for k, v in files.items() if not k.endswith(".safetensors")} | {"pytorch_model.bin": b"\x80\x04."}
     hub.put("model", "org/code", code_in_model)
     hub.put("model", "org/tok", code_in_tokenizer)
-    hub.put("model", "org/pickle", pickled)
     hub.put("dataset", "org/script", {"script.py": evil, "README.md": b"# x\n"})
     said = {}
-    for name in ("code", "tok", "pickle"):
+    for name in ("code", "tok"):
         (folder / "small.rlhf").write_text(RECIPE.replace("org/tiny", f"org/{name}"))
         code, out, said[name] = shell("lock", "small.rlhf")
         assert code == 1 or name == "tok", out
@@ -175,7 +174,43 @@ def test_code_and_pickles_of_a_repository(hub, files, shell, folder):
     (folder / "small.rlhf").write_text(RECIPE.replace("org/pairs", "org/script"))
     code, out, said["script"] = shell("lock", "small.rlhf")
     assert code == 1
-    assert "E0855" in said["code"] and "E0852" in said["pickle"] and "E0816" in said["script"]
-    assert "safetensors" in said["pickle"]
+    assert "E0855" in said["code"] and "E0816" in said["script"]
     assert not marker.exists()
     assert not any("Traceback" in text for text in said.values())
+
+
+def test_pickled_weights_of_the_hub_are_locked_and_verified(hub, files, shell, folder):
+    """They are what a model without safetensors has; what is beside safetensors is neither pinned nor fetched."""
+    marker = folder / "unpickled"
+    bare = {name: data for name, data in files.items() if not name.endswith(".safetensors")}
+    pickle = {"pytorch_model.bin": f"cos\nsystem\n(S'touch {marker}'\ntR.\0".encode(), "adapter_model.bin": b"\0"}
+    hub.put("dataset", "org/pairs", pairs(12))
+    hub.put("model", "org/tiny", files | pickle)
+    commit = hub.put("model", "org/pickle", bare | pickle)
+    hub.put("model", "org/bare", bare | {"adapter_model.bin": b"\0"})
+    locks, said = {}, {}
+    for name in ("tiny", "pickle", "bare"):
+        (folder / "small.rlhf").write_text(RECIPE.replace("org/tiny", f"org/{name}"))
+        (folder / "rlhf.lock").unlink(missing_ok=True)
+        code, _, said[name] = shell("lock", "small.rlhf")
+        assert code == (1 if name == "bare" else 0), said[name]
+        if code == 0:
+            (locks[name],) = json.loads((folder / "rlhf.lock").read_text())["models"].values()
+    assert "E0851" in said["bare"]
+    assert not [name for name in locks["tiny"]["hub"]["org/tiny"]["files"] if ".bin" in name]
+    assert "W0707" not in said["tiny"] and said["pickle"].count("W0707") == 1
+    assert "the weights of `org/pickle` are in .bin form" in said["pickle"]
+    assert locks["pickle"]["parameters"] is None and locks["tiny"]["parameters"] > 0
+    pins = locks["pickle"]["hub"]["org/pickle"]["files"]
+    assert [name for name in pins if ".bin" in name] == ["pytorch_model.bin"]
+    assert pins["pytorch_model.bin"]["sha256"] == "sha256:" + hashlib.sha256(pickle["pytorch_model.bin"]).hexdigest()
+
+    (folder / "small.rlhf").write_text(RECIPE.replace("org/tiny", "org/pickle"))
+    assert shell("plan", "small.rlhf", "--gpu", "cpu", "-o", "plan.json")[0] == 0
+    assert not list((folder / "hf").rglob(f"snapshots/{commit}/*.bin"))  # a plan fetches no weights
+    assert shell("verify", "plan.json")[0] == 0
+    (cached,) = (folder / "hf").rglob(f"snapshots/{commit}/pytorch_model.bin")
+    cached.resolve().write_bytes(b"other")
+    code, out, _ = shell("verify", "plan.json")
+    assert code == 1 and out.startswith("E0725 `pytorch_model.bin` of `org/pickle`")
+    assert not marker.exists()

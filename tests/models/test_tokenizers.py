@@ -288,9 +288,14 @@ def test_directories_that_are_no_model(models, tmp_path):
     (m / "config.json").write_text(config)
     error = refused(tmp_path, "models/tiny")
     assert (error.code, error.message) == ("E0851", "`models/tiny` has no weights")
-    (m / "pytorch_model.bin").write_bytes(b"")
-    error = refused(tmp_path, "models/tiny")
-    assert (error.code, error.place) == ("E0852", "models/tiny/pytorch_model.bin")
+    (m / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
+    assert "lacks pytorch_model-1.bin" in refused(tmp_path, "models/tiny").message
+    for outside in ("../model.bin", "/model.bin", 3):
+        index = json.dumps({"weight_map": {"a": outside}})
+        (m / "pytorch_model.bin.index.json").write_text(index)
+        error = refused(tmp_path, "models/tiny")
+        assert (error.code, error.place) == ("E0856", "models/tiny/pytorch_model.bin.index.json")
+    (m / "pytorch_model.bin.index.json").unlink()
 
     whole = tensors(a=[2, 3])
     for broken in (b"", whole[:9], whole[:-1], whole + b"x", struct.pack("<Q", 2) + b"[]"):

@@ -161,6 +161,22 @@ def test_digests_on_an_edge(shop, changed, code, word):
     assert shop.text_at(found[0]) == "stage.reward"
 
 
+def test_pickled_weights_are_told_of_once(shop):
+    text = sft("batch = 4, length = 64, lr = 1e-3")
+    text = text.replace(TINY, "") + 'model tiny { from = "facebook/opt-125m", dtype = fp32 }\n'
+    shop.know(text, 100)
+    entry = shop.plan(text)["models"]["model.tiny"]
+    pins = {"config.json": {}, "pytorch_model-00001-of-00002.bin": {}, "pytorch_model-00002-of-00002.bin": {}}
+    hub = {"facebook/opt-125m": {"revision": "0" * 40, "files": pins}}
+    shop.lock["models"][entry["key"]] |= {"hub": hub}
+    plan, found = shop.compile(text)
+    assert plan is not None and [d.code for d in found] == ["W0707"]
+    assert found[0].message == "the weights of `facebook/opt-125m` are in .bin form, which is pickle"
+    assert found[0].notes[0].startswith("pytorch_model-00001-of-00002.bin and 1 more: ")
+    assert shop.text_at(found[0]) == '"facebook/opt-125m"'
+    assert plan["stages"][0]["memory"]["engines"]["policy"]["parameters"] == 125_239_296  # by the catalog
+
+
 def test_bytes_beside_other_tokens(shop):
     text = PIPELINE.replace("model = stage.sft, data", "model = model.judge, data")
     text += 'model judge { from = "gpt2", dtype = fp32 }\n'

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,27 +90,36 @@ def test_killed_runs_end_with_the_bits_of_an_unbroken_one(tmp_path, zero, ranks)
     whole = start(tmp_path, "whole", zero, ranks)
     output, _ = whole.communicate(timeout=900)
     assert whole.returncode == 0, output
+    expected = weights(tmp_path / "runs" / "whole")
     chance = random.Random(f"{SEED} {zero} {ranks}")
     run = tmp_path / "runs" / "killed"
-    kills, resumed = 0, 0
+    kills, resumed, runs = 0, 0, 0
+    while kills < KILLS:
+        shutil.rmtree(run, ignore_errors=True)  # the last run was complete before its next kill came
+        kills += killed_until_complete(tmp_path, zero, ranks, chance, KILLS - kills)
+        runs += 1
+        found = weights(run)
+        assert found.keys() == expected.keys() and len(found) == 6
+        assert [name for name in expected if found[name] != expected[name]] == []
+        for stage in ("sft", "reward", "ppo"):
+            events = read_metrics(run / stage / "metrics.jsonl")
+            resumed += sum(event["event"] == "resume" for event in events)
+            updates = [event["update"] for event in events if event["event"] == "update"]
+            assert updates == list(range(1, len(updates) + 1))
+    kept = f"{resumed} resumes in what is left of the metrics"
+    print(f"zero {zero}, {ranks} ranks: {kills} kills over {runs} runs, {kept}", flush=True)
+
+
+def killed_until_complete(folder: Path, zero: int, ranks: int, chance: random.Random, most: int) -> int:
+    """Run, be killed at most `most` times and run again, until all is complete. Returns how often it was killed."""
+    kills = 0
     while True:
-        process = start(tmp_path, "killed", zero, ranks)
-        if kills < KILLS:
-            hit = kill_at_random(process, run, chance)
-            if hit is not None:
-                kills += 1
-                print(f"zero {zero}, {ranks} ranks, kill {kills}: {hit}", flush=True)
-                continue
-        output, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, output
-        break
-    found, expected = weights(run), weights(tmp_path / "runs" / "whole")
-    assert found.keys() == expected.keys() and len(found) == 6
-    assert [name for name in expected if found[name] != expected[name]] == []
-    for stage in ("sft", "reward", "ppo"):
-        events = read_metrics(run / stage / "metrics.jsonl")
-        resumed += sum(event["event"] == "resume" for event in events)
-        updates = [event["update"] for event in events if event["event"] == "update"]
-        assert updates == list(range(1, len(updates) + 1))
-    print(f"zero {zero}, {ranks} ranks: {kills} kills, {resumed} resumes in what is left of the metrics", flush=True)
-    assert kills == KILLS
+        process = start(folder, "killed", zero, ranks)
+        hit = kill_at_random(process, folder / "runs" / "killed", chance) if kills < most else None
+        if hit is None:
+            break
+        kills += 1
+        print(f"zero {zero}, {ranks} ranks, kill: {hit}", flush=True)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return kills
