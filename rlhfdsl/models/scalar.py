@@ -32,9 +32,11 @@ class ScalarModel(nn.Module):
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Scalars in fp32, shape [B, T], for right-padded `ids` [B, T] with `lengths` [B].
 
-        Entries at and beyond a row's length are meaningless.
+        Entries at and beyond a row's length are meaningless. An id beyond the last row of the embedding reads that row:
+        an actor of the same tokenizer can have more padding rows, and samples one of them once in a while.
         """
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
+        ids = ids.clamp(max=self.config.get_text_config().vocab_size - 1)
         hidden = backbone(**forward_inputs(backbone, ids, lengths)).last_hidden_state
         return self.classifier.score(hidden).squeeze(-1).float()
 

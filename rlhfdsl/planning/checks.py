@@ -43,6 +43,7 @@ CODES = {
     "E0715": "the attention is none that the model's type has",
     "E0716": "the actor cannot have the rollout engine that the recipe names",
     "E0717": "the weights of a rollout cannot be cut over so many GPUs",
+    "E0718": "the reference has fewer token ids than the actor",
     "E0720": "a saved plan or a lock file cannot be used",
     "E0730": "LoRA targets name no layer of the model",
     "E0731": "a LoRA rank is as wide as a layer",
@@ -173,6 +174,23 @@ def same_tokens(problems: Problems, first: Model, other: Model, whose: tuple[str
             label=f"{other.address}: {_tokenizer(theirs)}",
             also=[(first_at, f"{first.address}: {_tokenizer(mine)}")], help=_agree("tokenizer"),
         )  # fmt: skip
+
+
+def same_ids(problems: Problems, actor: Model, reference: Model, at: str) -> None:
+    """A reference without a log-probability for some ids that the actor can sample, when both shapes are known.
+
+    Models of one tokenizer can differ in the padding rows behind its ids. A critic or reward model with fewer of them
+    reads its last row in their place (models/scalar.py); a reference has no number for them.
+    """
+    if actor.shape is None or reference.shape is None or reference.shape.vocab >= actor.shape.vocab:
+        return
+    problems.report(
+        "E0718",
+        f"the actor `{actor.address}` can sample {actor.shape.vocab} ids, and the reference `{reference.address}` has "
+        f"{reference.shape.vocab}", f"{at}.ref.model",
+        notes=["the ids beyond the tokenizer's are padding of the model: it gives them a small probability, not none"],
+        help="leave `ref` out for the actor's own start, or take a reference with as many ids",
+    )  # fmt: skip
 
 
 def _agree(name: str) -> str:

@@ -56,6 +56,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
         checks.context(scope.problems, other, length, f"{at}.rollout.prompt", words)
         if part.name != "actor":
             checks.same_tokens(scope.problems, model, other, (f"{at}.actor.model", "actor"), part)
+    checks.same_ids(scope.problems, model, scope.model(reference), at)
     checks.parts_have_rows(scope.problems, at, edges)
     course.rows_are_whole(scope.problems, at, edges)
 

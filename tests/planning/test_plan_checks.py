@@ -177,6 +177,21 @@ def test_pickled_weights_are_told_of_once(shop):
     assert plan["stages"][0]["memory"]["engines"]["policy"]["parameters"] == 125_239_296  # by the catalog
 
 
+def test_a_reference_has_all_ids_of_the_actor(shop):
+    """A critic and a reward model need not: `TWO_MODELS` gives them 259 ids beside the actor's 300."""
+    larger = TWO_MODELS.replace("heads = 4, dtype", "heads = 4, vocab = 300, dtype", 1)
+    shop.know(larger, 100)
+    assert shop.compile(larger)[1] == ()
+    text = larger.replace("  kl { coef", "  ref { model = model.judge }\n  kl { coef")
+    shop.know(text.replace("vocab = 300, ", ""), 100)
+    (found,) = (d for d in shop.compile(text)[1] if d.severity == "error")
+    assert said(found)[:2] == (
+        "E0718",
+        "the actor `model.tiny` can sample 300 ids, and the reference `model.judge` has 259",
+    )
+    assert shop.text_at(found) == "model.judge"
+
+
 def test_bytes_beside_other_tokens(shop):
     text = PIPELINE.replace("model = stage.sft, data", "model = model.judge, data")
     text += 'model judge { from = "gpt2", dtype = fp32 }\n'
