@@ -83,8 +83,10 @@ def converse(directory: Path, args: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", trust_remote_code=False, use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             "E0832", f"the model in `{directory}` cannot be loaded", help=first_line(error)

@@ -72,6 +72,9 @@ def inner_block(node: BlockSyntax, definition: Definition) -> Diagnostic:
         help = f"write `{definition.attributes[name].example}`"
         return Diagnostic("E0302", "error", message, node.header, help=help)
     near = nearest(name, [*definition.blocks, *definition.attributes])
+    if not near and (told := _near_refused(name, definition)):
+        message = f"unknown block `{name}` in a `{definition.name}` block"
+        return Diagnostic("E0301", "error", message, node.kind.span, help=told)
     blocks = ", ".join(definition.blocks)
     known = f"its blocks: {blocks}" if blocks else "it has no inner blocks"
     homes = [type_ for type_ in schema.types() if name in schema.definition(type_).blocks]
@@ -107,12 +110,26 @@ def attribute(name: str, span: Span, definition: Definition, taken: set[str]) ->
     if near:
         fixes = tuple(rename(name, span) for name in near if name in definition.attributes)
         return Guess(f"did you mean {listed(near)}?", fixes, near[0])
+    told = _near_refused(name, definition)
+    if told:
+        return Guess(told)
     homes = [type_ for type_ in schema.types() if name in schema.definition(type_).attributes]
     if homes:
         return Guess(f"`{name}` stands in {home(homes[0])}")
     names = [*definition.attributes, *definition.blocks]
     more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
     return Guess(f"attributes: {', '.join(names[:_NAMES])}{more}")
+
+
+def _near_refused(name: str, definition: Definition) -> str:
+    """The nearest key of DeepSpeed that a block or one inside it refuses, and why; empty when none is near."""
+    for type_ in (definition.type, *(inner for inner, _ in definition.blocks.values())):
+        table = schema.definition(type_).table
+        keys = {**table.get("x-derived", {}), **table.get("x-unused", {})}
+        near = nearest(name, keys, 1)
+        if near:
+            return f"did you mean `{near[0]}`? A recipe does not pass it on: {keys[near[0]]}"
+    return ""
 
 
 def home(type_: str) -> str:

@@ -124,6 +124,7 @@ def _read_tokenizer(source: str, options: dict, named: str | None, at: str | Non
         with quiet():
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the library raises many kinds for a broken or missing file
+        _refuse_code(f"the tokenizer of `{named or source}`", at, error)
         if not named:
             raise _hub_model(source, at, error) from error
         absent = not any((Path(source) / name).exists() for name in _TOKENIZER_FILES)
@@ -356,6 +357,7 @@ def _local_config(directory: Path, named: str, at: str | None) -> PretrainedConf
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a wrong type of value surfaces as whatever the family's code raises
+        _refuse_code(f"`{named}`", at, error)
         kind = raw.get("model_type")
         raise UserError(
             codes.CONFIG,
@@ -376,7 +378,19 @@ def _hub_config(source: str, options: dict, at: str | None) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # network, authentication and parsing errors have no common base
+        _refuse_code(f"`{source}`", at, error)
         raise _hub_model(source, at, error) from error
+
+
+def _refuse_code(what: str, at: str | None, error: Exception) -> None:
+    """Raise UserError where transformers would have to run code of the model's repository. what: which part of it."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            codes.CONFIG,
+            f"{what} needs code of its own repository, and such code is never run",
+            at=at,
+            help="take a model of which transformers itself has the code; many have a version with a name in -hf",
+        ) from error
 
 
 def _hub_model(source: str, at: str | None, error: Exception) -> UserError:

@@ -100,6 +100,7 @@ def test_json_has_lines_and_offsets():
         ("gpus", "in a `cluster` block"),
         ("top_p", "breaks the ratio"),
         ("log", "`every { log = … }`"),
+        ("remote_code", "never run"),
     ],
 )
 def test_suggestions(tmp_path: Path, wrong: str, right: str):
@@ -108,6 +109,23 @@ def test_suggestions(tmp_path: Path, wrong: str, right: str):
     path.write_text(text.replace("lr = 1e-3", f"lr = 1e-3, {wrong} = 1"), encoding="utf-8")
     (diagnostic,) = load(path).diagnostics
     assert diagnostic.code == "E0301" and right in (diagnostic.help or "")
+
+
+@pytest.mark.parametrize(
+    ("inside", "right"),
+    [
+        ("overlap_com = on", "`overlap_comm`? A recipe does not pass it on: it follows from `zero`"),
+        ("zero_optimization { overlap_com = on }", "`overlap_comm`? A recipe does not pass it on"),
+        ("curriculum_learing { }", "`curriculum_learning`? A recipe does not pass it on: what a stage reads is `data`"),
+        ("steps_per_prin = 4", "`steps_per_print`?"),
+    ],
+)
+def test_suggestions_of_keys_that_the_plan_derives(tmp_path: Path, inside: str, right: str):
+    path = tmp_path / "t.rlhf"
+    text = (CORPUS / "ok" / "smallest.rlhf").read_text(encoding="utf-8")
+    path.write_text(text.replace("lr = 1e-3", f"lr = 1e-3, deepspeed {{ {inside} }}"), encoding="utf-8")
+    (diagnostic,) = load(path).diagnostics
+    assert diagnostic.code == "E0301" and (diagnostic.help or "").startswith(f"did you mean {right}")
 
 
 def test_one_wrong_name_is_one_error(tmp_path: Path):

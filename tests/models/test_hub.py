@@ -174,7 +174,7 @@ def test_code_of_a_repository(hub, files, shell, folder):
     (folder / "small.rlhf").write_text(RECIPE.replace("org/pairs", "org/script"))
     code, out, said["script"] = shell("lock", "small.rlhf")
     assert code == 1
-    assert "E0855" in said["code"] and "E0816" in said["script"]
+    assert "E0853" in said["code"] and "such code is never run" in said["code"] and "E0816" in said["script"]
     assert not marker.exists()
     assert not any("Traceback" in text for text in said.values())
 

@@ -36,7 +36,7 @@ _INTERVAL = "an interval: every { eval = 100 }"
 _SAMPLED = "answers are sampled from the whole distribution"
 _DROPOUT = "dropout is 0 here unless it is written"
 _PART = "evaluate on a part of a blend: split { sft = 98%, eval = 2% }"
-_CODE = "code of a model repository is never run"
+_CODE = "code of a model's repository is never run"
 _ONE = "a sequence stays on one GPU"
 _TEMPLATE = "the model's template is always applied"
 _COLUMNS = 'which column is which: columns { prompt = "…" }'
