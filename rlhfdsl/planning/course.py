@@ -156,7 +156,7 @@ def tensor(problems: Problems, where: Target, at: str, asked: str | int, shape: 
     problems.report(
         "E0717", f"the actor's weights cannot be cut in {asked} shards", f"{at}.rollout.tensor", label=why,
         notes=[f"{where.world} GPUs = {where.nodes} x {where.gpus} ({where.origin})"],
-        help=f"tensor = {max(fitting)}, or leave it out: auto takes as few as a copy needs",
+        help=f"tensor = {max(fitting)}, or leave it out: auto takes what holds the most answers at once",
     )  # fmt: skip
     return 1
 
