@@ -150,6 +150,12 @@ class Rows(Sequence[Any]):
             digest.update(row.to_bytes(8, "little") + numbers[source].to_bytes(4, "little"))
         return "sha256:" + digest.hexdigest()
 
+    def fingerprint(self, chosen: Sequence[int]) -> str:
+        """16 hex digits of the rows of a batch: two runs that have the same ones read the same tokens and masks."""
+        digest = hashlib.sha256(self.content.encode())
+        digest.update(array("q", chosen).tobytes())
+        return digest.hexdigest()[:16]
+
 
 def load_edge(
     plan: Mapping[str, Any], edge: Mapping[str, Any], base: Path, tokenizer: PreTrainedTokenizerBase

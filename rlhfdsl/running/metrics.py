@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+BATCHES = ("batch", "ptx_batch")  # fingerprints of what an update read; versions before them wrote none
+
+
+def known(name: str, *events: Mapping[str, Any]) -> bool:
+    """Whether two runs can be compared by a metric: by a fingerprint of a batch only where both have it."""
+    return name not in BATCHES or all(name in event for event in events)
 
 
 class MetricsWriter:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import figures, measured
-from rlhfdsl.running.metrics import read_metrics
+from rlhfdsl.running.metrics import BATCHES, known, read_metrics
 from rlhfdsl.running.schedule import partial_of, read_result
 
 Json = dict[str, Any]
@@ -96,11 +96,13 @@ def truth(run: Run) -> str:
 @dataclass(slots=True)
 class Stages:
     """A stage in two runs. first: the update in which they part, with the metrics that differ, as (a, b); None when
-    they never do in the updates that both have. final: evaluation, as (a, b)."""
+    they never do in the updates that both have. batches: those of them that read the same rows, up to the first that
+    does not; None when a run did not note what it read. final: evaluation, as (a, b)."""
 
     address: str
     updates: tuple[int, int]
     first: int | None = None
+    batches: int | None = None
     differs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     final: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -118,8 +120,11 @@ def compare(a: Run, b: Run) -> list[Stages]:
         if ours is None:
             continue
         found = Stages(address, (len(ours.updates), len(theirs.updates)))
-        for left, right in zip(ours.updates, theirs.updates, strict=False):
+        both = list(zip(ours.updates, theirs.updates, strict=False))
+        found.batches = _same_batches(both)
+        for left, right in both:
             differs = _pairs(_numbers(left), _numbers(right))
+            differs = {name: pair for name, pair in differs.items() if known(name, left, right)}
             if differs:
                 found.first, found.differs = right["update"], differs
                 break
@@ -146,6 +151,7 @@ def render(a: Run, b: Run) -> str:
             more = f", and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"  part at update {stage.first}: {', '.join(names[:3])}{more}")
             lines += _rows({name: stage.differs[name] for name in names[:3]}, "    ")
+            lines += _batches(stage, count)
         else:
             lines.append(f"  the same numbers in {figures.count(count, 'update')}")
         if stage.updates[0] != stage.updates[1]:
@@ -161,11 +167,28 @@ def as_json(a: Run, b: Run) -> Json:
         "stages": [
             {
                 "address": stage.address, "updates": stage.updates, "part_at": stage.first, "differs": stage.differs,
-                "evaluation": stage.final,
+                "same_batches": stage.batches, "evaluation": stage.final,
             }
             for stage in compare(a, b)
         ],
     }  # fmt: skip
+
+
+def _same_batches(pairs: list[tuple[Json, Json]]) -> int | None:
+    """How many pairs of updates from the first on read the same; None when one of them does not say what it read."""
+    if not pairs or not all("batch" in event for pair in pairs for event in pair):
+        return None
+    same = [all(left.get(name) == right.get(name) for name in BATCHES) for left, right in pairs]
+    return same.index(False) if False in same else len(same)
+
+
+def _batches(stage: Stages, count: int) -> list[str]:
+    """Of a stage that parts in its numbers: whether it read the same all the while."""
+    if stage.batches is None:
+        return []
+    if stage.batches == count:
+        return [f"  the same batches in {figures.count(count, 'update')}"]
+    return [f"  the same batches in {figures.count(stage.batches, 'update')} of {count}, and then others"]
 
 
 def _numbers(event: Json) -> Json:

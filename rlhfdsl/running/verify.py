@@ -1,8 +1,8 @@
 """A finished run executed once more in a scratch folder, and how far the two agree.
 
 From weak to strong: the inputs (hashes, checked before a stage starts), the batches (the hash of all rows, and the
-counts in the metrics), the metrics of every update and evaluation, the bits of the weights. Each stage is given the
-models that the run itself made before it, so that a stage answers for itself alone.
+fingerprints and counts in the metrics), the metrics of every update and evaluation, the bits of the weights. Each stage
+is given the models that the run itself made before it, so that a stage answers for itself alone.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import keys, lock, places
 from rlhfdsl.running import schedule, weights
-from rlhfdsl.running.metrics import read_metrics
+from rlhfdsl.running.metrics import BATCHES, known, read_metrics
 from rlhfdsl.running.supervisor import execute
 
 Json = dict[str, Any]
 Show = Callable[[Json, Json], None]
 LEVELS = ("inputs", "batches", "metrics", "bits")
 _COMPARED = ("update", "eval", "invariants")
-_COUNTS = ("tokens", "eval_rows", "eval_pairs")
+_COUNTS = ("tokens", "eval_rows", "eval_pairs", *BATCHES)
 
 
 @dataclass(slots=True)
@@ -189,11 +189,12 @@ def compare(stage: str, then: Sequence[Json], now: Sequence[Json], *, until: int
             continue
         found.events += 1
         for name in dict.fromkeys((*a, *b)):
-            if _timed(name) or a.get(name) == b.get(name):
+            if _timed(name) or a.get(name) == b.get(name) or not known(name, a, b):
                 continue
             level = "batches" if name in _COUNTS else "metrics"
             _differs(found, f"{_at(place)}: {name} {a.get(name)} then, {b.get(name)} now", level)
-            found.largest = max(found.largest, _relative(a.get(name), b.get(name)))
+            if name not in BATCHES:
+                found.largest = max(found.largest, _relative(a.get(name), b.get(name)))
     return found
 
 

@@ -68,8 +68,8 @@ def run(context: Context) -> dict[str, float]:
             seconds = time.perf_counter() - started
             loss, accuracy, mean_margin = (distributed.all_sum(sums) / batch).tolist()
             context.report(
-                "update", update=update + 1, of=updates, loss=loss, accuracy=accuracy, margin=mean_margin, **step,
-                tokens_per_second=read_tokens(mine) * world / seconds, seconds=seconds,
+                "update", update=update + 1, of=updates, batch=train.fingerprint(chosen), loss=loss, accuracy=accuracy,
+                margin=mean_margin, **step, tokens_per_second=read_tokens(mine) * world / seconds, seconds=seconds,
             )  # fmt: skip
         if held_out and due(settings["eval_every"], update, updates):
             context.report("eval", update=update + 1, of=updates, **evaluate(engine, reference, held_out, context))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from rlhfdsl.data.edge import Example
@@ -83,7 +84,10 @@ def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
         pretraining = ptx_rows(context, texts, rollout) if texts else ()
         metrics |= trainer.train_step(experience, pretraining, actor=rollout >= warmup)
         if (rollout + 1) % settings["log"] == 0 or rollout + 1 == batch["rollouts"]:
-            context.report("update", update=rollout + 1, of=batch["rollouts"], **metrics)
+            read = {"batch": prompts.fingerprint(chosen)}
+            if texts:
+                read["ptx_batch"] = texts.fingerprint([*chain.from_iterable(ptx_numbers(context, texts, rollout))])
+            context.report("update", update=rollout + 1, of=batch["rollouts"], **read, **metrics)
         if settings["samples_every"] and (rollout + 1) % settings["samples_every"] == 0:
             report_samples(context, experience, rollout + 1)
         if before and due(settings["eval_every"], rollout, batch["rollouts"]):
@@ -110,14 +114,19 @@ def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
     return result
 
 
+def ptx_numbers(context: Context, texts: Sequence[Example], rollout: int) -> list[list[int]]:
+    """The numbers of all ranks' pretraining rows for each update of a rollout."""
+    updates, size = context.stage["batch"]["updates_per_rollout"], context.settings["ptx"]["batch"]
+    return [
+        batch_rows(len(texts), size, update, context.seed, context.shuffles("ptx"))
+        for update in range(rollout * updates, (rollout + 1) * updates)
+    ]
+
+
 def ptx_rows(context: Context, texts: Sequence[Example], rollout: int) -> list[list[Example]]:
     """This rank's pretraining rows for each update of a rollout."""
-    updates, size = context.stage["batch"]["updates_per_rollout"], context.settings["ptx"]["batch"]
-    batches = []
-    for update in range(rollout * updates, (rollout + 1) * updates):
-        chosen = batch_rows(len(texts), size, update, context.seed, context.shuffles("ptx"))
-        batches.append([texts[i] for i in chosen[distributed.rank() :: distributed.world()]])
-    return batches
+    rank, world = distributed.rank(), distributed.world()
+    return [[texts[i] for i in chosen[rank::world]] for chosen in ptx_numbers(context, texts, rollout)]
 
 
 def report_samples(context: Context, experience: Experience, rollout: int) -> None:

@@ -52,7 +52,7 @@ def run(context: Context) -> dict[str, float]:
             seconds = time.perf_counter() - started
             mean_loss = distributed.all_sum(loss).item() / world
             context.report(
-                "update", update=update + 1, of=updates, loss=mean_loss, **step,
+                "update", update=update + 1, of=updates, batch=train.fingerprint(chosen), loss=mean_loss, **step,
                 tokens=int(tokens), tokens_per_second=read_tokens(mine) * world / seconds, seconds=seconds,
             )  # fmt: skip
         if held_out and due(settings["eval_every"], update, updates):

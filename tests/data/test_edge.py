@@ -78,6 +78,16 @@ def test_the_content_of_an_edge_is_its_tokens_masks_and_order(folder):
     assert first == folder.facts("data.own", "preference", length=29)["content"]
 
 
+def test_the_fingerprint_of_a_batch_is_its_rows(folder):
+    folder.write("own.jsonl", HH)
+    folder.data("data.own", "own.jsonl", "preference", turns="hh")
+    rows, shorter = (folder.load("data.own", "preference", length=length) for length in (29, 28))
+    again = folder.load("data.own", "preference", length=29)
+    assert rows.fingerprint([0, 1]) == again.fingerprint([0, 1])
+    others = {rows.fingerprint(chosen) for chosen in ([0, 1], [1, 0], [0], [0, 0])}
+    assert len(others | {shorter.fingerprint([0, 1])}) == 5
+
+
 def test_facts_of_a_blend_count_repeats(folder):
     folder.write("few.jsonl", [{"prompt": f"few{i}"} for i in range(2)])
     folder.write("many.jsonl", [{"prompt": f"many{i}"} for i in range(8)])

@@ -15,7 +15,9 @@ PLAN = json.loads((Path(__file__).parents[1] / "planning" / "golden" / "pipeline
 TARGET = {"device": "cuda", "gpu": "h100-80g", "world": 1}
 
 
-def run(folder: Path, *, torch: str = "2.9", losses=(0.9, 0.8, 0.7), accuracy: float = 0.9) -> Path:
+def run(
+    folder: Path, *, torch: str = "2.9", losses=(0.9, 0.8, 0.7), accuracy: float = 0.9, batches=("a", "b", "c")
+) -> Path:
     """A run whose sft and reward stages are complete, and whose ppo has not begun."""
     folder.mkdir()
     (folder / "plan.json").write_text(json.dumps(PLAN))
@@ -28,6 +30,7 @@ def run(folder: Path, *, torch: str = "2.9", losses=(0.9, 0.8, 0.7), accuracy: f
                 "time": 10.0 * i,
                 "update": i + 1,
                 "of": 3,
+                "batch": batches[i],
                 "loss": loss,
                 "lr": 1e-3,
                 "seconds": seconds,
@@ -71,11 +74,15 @@ def test_two_runs(tmp_path, capsys):
     sft, reward = found["stages"]
     assert found["versions"] == {"torch": ["2.9", "2.11"]}
     assert (sft["part_at"], reward["part_at"], reward["differs"]) == (None, 2, {"loss": [0.8, 0.81]})
-    assert reward["evaluation"] == {"eval_accuracy": [0.9, 0.8]}
+    assert reward["evaluation"] == {"eval_accuracy": [0.9, 0.8]} and reward["same_batches"] == 3
     assert main(["diff", str(a), str(b)]) == 0
     out = capsys.readouterr().out
     assert "The two plans say the same." in out and "part at update 2: loss" in out
-    assert "the same numbers in 3 updates" in out
+    assert "the same numbers in 3 updates" in out and "the same batches in 3 updates" in out
+    other = run(tmp_path / "c", losses=(0.9, 0.8, 0.6), batches=("a", "d", "c"))
+    assert main(["diff", str(a), str(other)]) == 0
+    out = capsys.readouterr().out
+    assert "part at update 2: batch" in out and "the same batches in 1 update of 3, and then others" in out
 
 
 def test_what_is_no_run(tmp_path, capsys):

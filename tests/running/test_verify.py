@@ -53,6 +53,19 @@ def test_counts_are_those_of_the_batches():
     assert found.level == "batches" and found.largest == float("inf")
 
 
+def test_other_rows_are_other_batches():
+    def read(*batches):
+        update = {"event": "update", "of": 2, "loss": 1.0}
+        return [{**update, "update": n, "batch": batch} for n, batch in enumerate(batches, 1)]
+
+    found = compare("stage.sft", read("a1", "b2"), read("a1", "c3"))
+    assert (found.level, found.first, found.largest) == ("inputs", "update 2: batch b2 then, c3 now", 0.0)
+    same = read("a1", "b2")
+    assert compare("stage.sft", same, [same[0], same[1] | {"loss": 1.5}]).level == "batches"
+    before = [{name: value for name, value in event.items() if name != "batch"} for event in same]
+    assert compare("stage.sft", before, same).level == "metrics"  # by a version that noted none
+
+
 def test_a_prefix_is_compared_as_far_as_it_goes():
     found = compare("stage.sft", EVENTS, EVENTS[:4], until=2)
     assert (found.level, found.asked, found.first, found.events) == ("metrics", "metrics", None, 3)
