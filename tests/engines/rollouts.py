@@ -25,6 +25,8 @@ _LLAMA = {
 }  # fmt: skip
 _PLAIN = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
 _OPT = {**_PLAIN, "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0}
+_BLOOM = {"n_layer": 2, "hidden_size": 64, "n_head": 4}
+_MPT = {"n_layers": 2, "d_model": 64, "n_heads": 4, "max_seq_len": 512}
 TYPES: dict[str, dict] = {
     "opt": _OPT,
     "opt post-norm": {**_OPT, "model_type": "opt", "do_layer_norm_before": False},
@@ -45,7 +47,24 @@ TYPES: dict[str, dict] = {
     "qwen2 with a window": {
         **_LLAMA, "model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1,
     },
+    "bloom": _BLOOM,
+    "bloom of six heads": {**_BLOOM, "model_type": "bloom", "n_head": 6, "hidden_size": 96},
+    "falcon": {**_PLAIN, "alibi": False},
+    "falcon with alibi": {
+        **_PLAIN, "model_type": "falcon", "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
+    },
+    "falcon with alibi, one key": {**_PLAIN, "model_type": "falcon", "alibi": True, "num_attention_heads": 6,
+                                   "hidden_size": 96},
+    "falcon of groups": {**_PLAIN, "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gptj": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+    "gpt_neo": {
+        "num_layers": 2, "hidden_size": 64, "num_heads": 4, "max_position_embeddings": 512, "window_size": 8,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "mpt": _MPT,
+    "mpt of six heads": {**_MPT, "model_type": "mpt", "n_heads": 6, "d_model": 96, "attn_config": {"clip_qkv": 0.5}},
 }  # fmt: skip
+EAGER = {"bloom", "gptj", "gpt_neo", "mpt"}  # which transformers refuses under any other attention
 
 
 def tiny_model(name: str, **changes) -> PreTrainedModel:
@@ -54,7 +73,8 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
     config = AutoConfig.for_model(
         arch.pop("model_type", name), vocab_size=VOCAB, pad_token_id=256, bos_token_id=257, eos_token_id=258, **arch
     )
-    config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    eager = config.model_type in EAGER or getattr(config, "attn_logit_softcapping", None)
+    config._attn_implementation = "eager" if eager else "sdpa"
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(1)
     module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -114,9 +134,9 @@ def learn(engine: HybridEngine) -> None:
     engine.step()
 
 
-def judged(engine: HybridEngine, sampler) -> parity.Parity:
+def judged(engine: HybridEngine, sampler, prompts=PROMPTS) -> parity.Parity:
     """What the gate says of a sampler beside the engine's weights."""
-    rollout = parity.some_rows(sampled(sampler), 6)
+    rollout = parity.some_rows(sampled(sampler, prompts), 6)
     ids, prompt_lengths, lengths = rollout.right_padded(256)
     mask = answer_mask(prompt_lengths, lengths)
     engine.eval()  # GPT-2's configuration has dropout

@@ -48,10 +48,11 @@ def test_bf16_is_as_near_to_the_scores_as_generate(name):
         learn(engine)
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom", "falcon of groups"])
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize("zero", [1, 3])
-def test_in_place_or_gathered_with_adapters_or_without(zero, lora):
-    engine = on_gpu("llama", zero=zero, lora=lora)
+def test_in_place_or_gathered_with_adapters_or_without(name, zero, lora):
+    engine = on_gpu(name, zero=zero, lora=lora)
     graph, eager = GraphSampler(engine), EagerSampler(engine)
     for _ in range(2):
         same(sampled(graph), sampled(eager), 1e-3)
@@ -90,6 +91,33 @@ def test_attention_over_live_columns(dtype, rows, size, heads, kv_heads, window,
     lengths[1] = 0
     found = kernels.attend(query, keys, values, lengths, size**-0.5, window, softcap)
     expected = decode(query.double(), keys.double(), values.double(), lengths, size**-0.5, window, softcap)
+    busy = lengths > 0
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found[busy].double(), expected[busy], atol=tolerance, rtol=tolerance)
+    assert (found[~busy] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("summed", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "size", "heads", "kv_heads"), [(3, 16, 4, 4), (200, 64, 6, 6), (3, 64, 8, 2), (200, 64, 71, 1)]
+)
+def test_a_bias_by_column_is_added_and_the_sum_rounded(dtype, summed, rows, size, heads, kv_heads):
+    from rlhfdsl.engines.rollout import kernels
+
+    g = torch.Generator("cuda").manual_seed(0)
+    # small integers and a scale of a quarter: every score is exact, so that each rounds the same way on both sides
+    query, keys = (
+        torch.randint(-2, 3, (rows, count, columns, size), generator=g, device="cuda").to(dtype)
+        for count, columns in ((heads, 1), (kv_heads, 320))
+    )
+    values = torch.randn(rows, kv_heads, 320, size, generator=g, device="cuda").to(dtype)
+    lengths = torch.randint(1, 321, (rows,), generator=g, device="cuda")
+    lengths[1] = 0
+    slopes = 2.0 ** -torch.arange(1, heads + 1, device="cuda").clamp(max=8)
+    bias = (slopes.unsqueeze(1) * torch.arange(512, device="cuda")).to(summed)[:, :320]
+    found = kernels.attend(query, keys, values, lengths, 0.25, None, None, bias)
+    expected = decode(query.double(), keys.double(), values.double(), lengths, 0.25, None, None, bias)
     busy = lengths > 0
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found[busy].double(), expected[busy], atol=tolerance, rtol=tolerance)

@@ -15,10 +15,11 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 NAME = "rlhfdsl_rows"
+SCORES = 1 << 26  # scores of prompts computed at a time where torch's fused attention cannot be: 256 MiB in fp32
 
 
 def attend(
-    module: nn.Module,
+    module: nn.Module | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -26,22 +27,24 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    bias: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Prompts without a mask, or one token of each row with `attention_mask` = the row lengths [B, 1, 1, 1].
 
     query [B, H, T, D]; key, value [B, Hkv, T, D] of the prompts, or [B, Hkv, columns, D] of the cache. A length of 0
-    is an idle row, whose output nobody reads. Returns [B, T, H, D].
+    is an idle row, whose output nobody reads. bias [H, at least columns]: added to a head's scores by their column
+    (alibi), and the sum is rounded to its dtype. Returns [B, T, H, D].
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is None:
-        out = _causal(query, key, value, scale, sliding_window, softcap)
+        out = _causal(query, key, value, scale, sliding_window, softcap, bias)
     elif query.is_cuda:
         from rlhfdsl.engines.rollout import kernels
 
-        out = kernels.attend(query, key, value, attention_mask.view(-1), scale, sliding_window, softcap)
+        out = kernels.attend(query, key, value, attention_mask.view(-1), scale, sliding_window, softcap, bias)
     else:
-        out = decode(query, key, value, attention_mask.view(-1), scale, sliding_window, softcap)
+        out = decode(query, key, value, attention_mask.view(-1), scale, sliding_window, softcap, bias)
     return out.transpose(1, 2), None
 
 
@@ -53,6 +56,7 @@ def decode(
     scale: float,
     window: int | None,
     softcap: float | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query a row over the first `lengths` [B] columns of the cache: [B, H, 1, D], in torch."""
     live = max(int(lengths.max()), 1)
@@ -62,7 +66,7 @@ def decode(
     if window is not None:
         seen &= columns >= end - window
     mask = seen[:, None, None]
-    return _masked(query, key[:, :, :live], value[:, :, :live], mask, scale, softcap)
+    return _masked(query, key[:, :, :live], value[:, :, :live], mask, scale, softcap, bias)
 
 
 def _causal(
@@ -72,17 +76,20 @@ def _causal(
     scale: float,
     window: int | None,
     softcap: float | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Right-padded prompts over themselves: a real token never sees the padding to its right."""
     width = query.shape[2]
-    if softcap is None and (window is None or window >= width):
+    if softcap is None and bias is None and (window is None or window >= width):
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
     mask = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
     if window is not None:
         mask &= ~mask.tril(-window)
-    return _masked(query, key, value, mask, scale, softcap)
+    rows = max(SCORES // (query.shape[1] * width * width), 1)
+    parts = zip(query.split(rows), key.split(rows), value.split(rows), strict=True)
+    return torch.cat([_masked(q, k, v, mask, scale, softcap, bias) for q, k, v in parts])
 
 
 def _masked(
@@ -92,9 +99,10 @@ def _masked(
     mask: torch.Tensor,
     scale: float,
     softcap: float | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
-    if softcap is None:
+    if softcap is None and bias is None:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
         )
@@ -102,8 +110,11 @@ def _masked(
         copies = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
     scores = (query @ key.transpose(-1, -2)).float() * scale
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(value.dtype) @ value
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = (scores + bias[:, None, : scores.shape[-1]]).to(bias.dtype).float()
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype) @ value
 
 
 AttentionInterface.register(NAME, attend)

@@ -70,16 +70,22 @@ class RowLayer(StaticLayer):
 
 
 class RowCache(Cache):
-    """One `RowLayer` for each decoder layer."""
+    """One `RowLayer` for each decoder layer.
+
+    lengths: the columns [B, 1, 1, 1] that attention reads in a decode step; None while prompts are read.
+    """
 
     def __init__(self, layers: int, rows: int, columns: int):
         super().__init__(layers=[RowLayer(rows, columns) for _ in range(layers)])
         self.rows, self.columns = rows, columns
+        self.lengths: torch.Tensor | None = None
 
     def fill(self, rows: torch.Tensor, source: torch.Tensor) -> None:
+        self.lengths = None
         for layer in self.layers:
             layer.fill(rows, source)
 
-    def decode(self, write: torch.Tensor) -> None:
+    def decode(self, write: torch.Tensor, lengths: torch.Tensor) -> None:
+        self.lengths = lengths
         for layer in self.layers:
             layer.decode(write)

@@ -21,6 +21,7 @@ from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.engines.rollout.attention import over_rows
 from rlhfdsl.engines.rollout.cache import RowCache
 from rlhfdsl.engines.rollout.eager import answer_lengths
+from rlhfdsl.engines.rollout.families import has_own_attention, own_attention
 from rlhfdsl.engines.rollout.fusing import fused
 from rlhfdsl.engines.rollout.group import TensorGroup
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling, right_padded
@@ -119,7 +120,7 @@ class GraphSampler(Sampler):
         if self.copied is not None:
             self.copied.refresh()
         try:
-            with over_rows(self.model):
+            with over_rows(self.model), own_attention(self.model):
                 return self._generate(request, sampling)
         finally:
             self.engine.deepspeed.train(was_training)
@@ -206,7 +207,7 @@ class GraphSampler(Sampler):
             source = [i for i, prompt in enumerate(part) for _ in by_prompt[prompt]]
             self.cache.fill(self._indices(s for p in part for s in by_prompt[p]), self._indices(source))
             ids = prompts[self._indices(part), :width]
-            self._forward(ids, torch.arange(width, device=ids.device).expand(ids.shape), None)
+            self._forward(ids, torch.arange(width, device=ids.device).expand(ids.shape))
         at, rows = self._indices(started.keys()), self._indices(started.values())
         last = self._indices(lengths[row // copies] - 1 for row in started.values())
         slots.token[at] = prompts[rows // copies, last]
@@ -228,8 +229,8 @@ class GraphSampler(Sampler):
     def _step(self, slots: Slots) -> None:
         """Read one token of every slot and draw the next; an idle slot goes through the motions and changes nothing."""
         law, busy = self._law, ~slots.idle
-        self.cache.decode(slots.write)
-        logits = self._forward(slots.token.unsqueeze(1), slots.write.unsqueeze(1), slots.length)[:, -1]
+        self.cache.decode(slots.write, slots.length)
+        logits = self._forward(slots.token.unsqueeze(1), slots.write.unsqueeze(1))[:, -1]
         chosen, log_probs = _draw(logits, law.temperature, slots.seed, slots.step)
         if self.group is not None:
             chosen, log_probs = self.group.agreed(chosen, log_probs)
@@ -244,11 +245,12 @@ class GraphSampler(Sampler):
         slots.write.add_(~slots.idle)
         slots.length.copy_(((slots.write + 1) * ~slots.idle).view(-1, 1, 1, 1))
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """Logits [B, 1, V] of the last column; without `lengths` the ids are prompts."""
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [B, 1, V] of the last column, of prompts or of a token of each row as the cache has been told."""
+        mask = None if has_own_attention(self.model) else self.cache.lengths
         arguments = {"position_ids": positions} if takes(type(self.model), "position_ids") else {}
         return self.model(
-            input_ids=ids, attention_mask=lengths, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
             **arguments,
         ).logits  # fmt: skip
 

@@ -68,11 +68,13 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of one query a row, [B, H, 1, D], over the first `lengths` [B] columns of its row's cache.
 
     keys, values [B, Hkv, columns, D]; H is a multiple of Hkv. window: only the last so many columns count. softcap:
-    scores become c tanh(score / c). A row of length 0 gives zeros. Flash decoding (Dao et al. 2023): the columns of a
+    scores become c tanh(score / c). bias [H, at least columns]: added to a head's scores by their column, and the sum
+    is rounded to its dtype. A row of length 0 gives zeros. Flash decoding (Dao et al. 2023): the columns of a
     row are split over programs, whose partial sums a second kernel joins.
     """
     batch, heads, _, size = query.shape
@@ -92,12 +94,12 @@ def attend(
         partial = torch.empty(batch, heads, splits, padded, dtype=torch.float32, device=query.device)
         sums = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=query.device)
     _attend[(batch * kv_heads, splits)](
-        query, keys, values, lengths, out, partial, sums,
-        scale, window or 0, softcap or 0.0,
+        query, keys, values, lengths, query if bias is None else bias, out, partial, sums,
+        scale, window or 0, softcap or 0.0, 0 if bias is None else bias.stride(0),
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         values.stride(0), values.stride(1), values.stride(2),
         KV_HEADS=kv_heads, G=group, GP=group_padded, D=size, DP=padded, BLOCK=block, SPLITS=splits,
-        WINDOW=window is not None, SOFTCAP=softcap is not None, num_warps=_WARPS,
+        WINDOW=window is not None, SOFTCAP=softcap is not None, BIAS=bias is not None, num_warps=_WARPS,
     )  # fmt: skip
     if splits > 1:
         _join[(batch * heads,)](partial, sums, out, D=size, DP=padded, SPLITS=splits, num_warps=2)
@@ -106,11 +108,11 @@ def attend(
 
 @triton.jit
 def _attend(
-    query, keys, values, lengths, out, partial, sums,
-    scale, window, softcap,
+    query, keys, values, lengths, bias, out, partial, sums,
+    scale, window, softcap, bias_head,
     q_row, q_head, k_row, k_head, k_column, v_row, v_head, v_column,
     KV_HEADS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
@@ -147,6 +149,10 @@ def _attend(
         score = score * scale
         if SOFTCAP:
             score = softcap * libdevice.tanh(score / softcap)
+        if BIAS:
+            counted = (g < G)[:, None] & (column < high)[None, :]
+            added = tl.load(bias + heads[:, None] * bias_head + column[None, :], mask=counted, other=0.0)
+            score = (score + added.to(tl.float32)).to(added.dtype).to(tl.float32)
         score = tl.where((column < high)[None, :], score * LOG2E, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         weight = tl.exp2(score - new_top[:, None])
