@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhfdsl.cli import rollout, truth
 from rlhfdsl.cli.common import OK, fail, say
 from rlhfdsl.planning import hardware
-from rlhfdsl.planning.rates import KIND
+from rlhfdsl.planning.rates import KIND, trained
 
 if TYPE_CHECKING:
     import torch
@@ -159,14 +159,15 @@ def _matmul(device: str, dtype: torch.dtype, size: int) -> Callable[[], Any]:
     return lambda: a @ b
 
 
-def _model(device: str, dtype: torch.dtype, hidden: int, layers: int) -> Any:
+def _model(device: str, dtype: torch.dtype, numbers: Json) -> Any:
     """A Llama of random weights; its vocabulary is small, so that the layers decide."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64), max_position_embeddings=1024,
+        vocab_size=numbers["vocab"], hidden_size=numbers["hidden"], intermediate_size=numbers["intermediate"],
+        num_hidden_layers=numbers["layers"], num_attention_heads=numbers["heads"],
+        max_position_embeddings=numbers["context"],
     )  # fmt: skip
     with torch.device(device):
         return LlamaForCausalLM._from_config(config, dtype=dtype)
@@ -176,7 +177,7 @@ def _training(device: str, dtype: torch.dtype, fast: bool) -> float:
     """TFLOP/s of forward and backward passes of a model, 6 for each parameter and token."""
     import torch
 
-    model = _model(device, dtype, 2048 if fast else 256, 4)
+    model = _model(device, dtype, trained(device))
     rows, length = (16, 512) if fast else (2, 64)
     ids = torch.randint(0, 1024, (rows, length), device=device)
 
@@ -194,7 +195,8 @@ def _layer_seconds(device: str) -> tuple[float, float]:
     from transformers import GenerationConfig
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = _model(device, dtype, 128, LAYERS).eval()
+    narrow = {"layers": LAYERS, "hidden": 128, "heads": 2, "intermediate": 512}
+    model = _model(device, dtype, trained(device) | narrow).eval()
     ids = torch.randint(3, 1024, (1, 8), device=device)
     steps = 16
     settings = GenerationConfig(max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)

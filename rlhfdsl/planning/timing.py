@@ -1,11 +1,11 @@
-"""Seconds by roofline: for each phase the larger of FLOPs over the achieved rate and bytes over the achieved bandwidth,
-then the bytes that cross links, which are not hidden behind computing here.
+"""Seconds by roofline: of each kind of kernel FLOPs over the achieved rate or bytes over the achieved bandwidth, of the
+device and its host the slower; then the bytes that cross links, which are not hidden behind computing here.
 
 For each token a forward pass takes 2 FLOPs for each parameter of its matrices (the input embedding is a lookup) and
 4 x layers x width for each token that it attends to; a backward pass takes twice that, beside frozen weights (LoRA) as
-much; checkpointing one forward more.
-No pass is faster than launching its layers one by one. A decode step reads all weights and the live cache once. Batches
-are padded to their longest row, which is left out; an answer is taken to have its full length.
+much; checkpointing one forward more. Norms, activations, adapters, losses and the optimizer are bound by their bytes
+(traffic.py). A decode step reads all weights and the live cache once. Batches are padded to their longest row, which is
+left out; an answer is taken to have its full length.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlhfdsl.planning import memory, nvme, shards
+from rlhfdsl.planning import memory, nvme, shards, traffic
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Placement, Sampling
 from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 
-LOSS_BYTES = 80  # for each logit: written, log-softmax and entropy in fp32, softmax again and its gradient
-UPDATE_BYTES = 28  # for each parameter: gradient, master weight and two moments read, the last three written
 GRAPH_LAYER = 0.055e-3  # seconds: of a captured decode step, a layer's beyond its bytes (H100: OPT-1.3B at 16 to 256)
 ADAPTER = 0.14  # of the launches of a layer, for each adapter in it (OPT and Llama under peft, counted in CPU time)
-BESIDE = 6  # elements read or written for each output of a layer with an adapter: its own written, scaled, added
 REDUCE, HOP = 6.6e-6, 0.6e-6  # seconds: of a small sum over devices on NVLink (NCCL's tuning.cc: ring, LL)
-SUM_BYTES = 10  # for each parameter and micro batch: a gradient added to its fp32 sum
+# Seconds of ZeRO 3's hooks for each parameter tensor in each pass, on the host of an H100: one update of OPT-1.3B (388
+# tensors, 4 micro batches, forward and backward) took 1.81 s there, of which 0.06 s are its step.
+HOOKS = 0.56e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +78,15 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
     if fit.sampling is None:
         return None
     whole = work.prompt + work.answer
+    said = work.answer / whole
     actor = engines["actor"]
     learning = [engine for engine in engines.values() if engine.placed.need.trains]
-    train = sum(e.update(work.sequences * work.passes, whole, work.updates) for e in learning)
+    train = sum(e.update(work.sequences * work.passes, whole, work.updates, said) for e in learning)
     if work.ptx:
         train += actor.passes(work.ptx * work.updates, work.length, train=True)
     return {
         "generate": actor.generate(work.sequences, fit.sampling, work.prompt, work.answer),
-        "score": sum(engine.passes(work.sequences, whole, train=False) for engine in engines.values()),
+        "score": sum(engine.passes(work.sequences, whole, said, train=False) for engine in engines.values()),
         "train": train,
     }
 
@@ -121,6 +121,15 @@ class _Clock:
         return self.shape.layers * (1 + ADAPTER * len(lora.layers or ()) if lora is not None else 1)
 
     @property
+    def launch(self) -> float:
+        """Seconds in which the host launches one kernel."""
+        return self.rates.forward / traffic.LAYER_LAUNCHES
+
+    @property
+    def trained_tensors(self) -> int:
+        return traffic.trained_tensors(self.shape, not self.causal, self.placed.need.lora)
+
+    @property
     def width(self) -> int:
         return memory.BYTES[self.placed.need.dtype]
 
@@ -128,31 +137,57 @@ class _Clock:
     def causal(self) -> bool:
         return self.placed.need.head == "none"
 
-    def flops(self, length: float, tensor: int = 1) -> float:
-        """FLOPs of a forward pass for one token of a sequence of `length`, on one device of those that share it."""
-        lookup = 0 if self.causal and self.shape.tied else self.shape.vocab * self.shape.embed
-        held = shards.held(self.shape, self.count, tensor)
-        return 2.0 * (held - lookup) + 4.0 * self.shape.layers * self.shape.q_width / tensor * length
+    def flops(self, length: float, said: float = 1.0, tensor: int = 1) -> float:
+        """FLOPs of a forward pass for one token of a sequence of `length`, on one device of the `tensor` that share it.
 
-    def passes(self, sequences: float, length: float, *, train: bool) -> float:
-        """Seconds of forward (and backward) passes over `sequences`, in micro batches."""
+        said: the share of tokens with logits.
+        """
+        table = self.shape.vocab * self.shape.embed
+        lookup = 0 if self.causal and self.shape.tied else table
+        left = (1 - said) * table if self.causal else 0
+        held = shards.held(self.shape, self.count, tensor)
+        return 2.0 * (held - lookup - left) + 4.0 * self.shape.layers * self.shape.q_width / tensor * length
+
+    def passes(self, sequences: float, length: float, said: float = 1.0, *, train: bool) -> float:
+        """Seconds of forward (and backward) passes over `sequences`, in micro batches.
+
+        said: the share of tokens whose logits are needed, those of answers where a policy reads its own.
+        """
         need, tokens = self.placed.need, sequences * length
-        backward = 2 if need.lora is None else 1  # frozen weights need no gradient, their inputs do
-        forwards = 1 + backward + self.placed.checkpointing if train else 1
-        compute = forwards * tokens * self.flops(length) / (self.rates.matmul * self.rates.train)
         micros = sequences / (self.placed.micro * need.sequences)
-        launch = forwards * micros * self.layers * self.rates.forward
-        out = max(compute, launch)
-        if need.lora is not None and need.lora.layers is not None:
-            outputs = self.shape.layers * sum(layer.outputs for layer in need.lora.layers)
-            times = 1 + (self.placed.checkpointing + 2 / BESIDE if train else 0)  # scaling has a backward
-            out += times * tokens * outputs * BESIDE * self.width / self.rates.copy
-        if self.causal:
-            out += tokens * self.shape.vocab * (LOSS_BYTES if train else LOSS_BYTES / 4) / self.rates.copy
-        shared = self.target.world if self.placed.zero >= 2 else 1
-        if train and self.placed.need.dtype != "fp32":
-            out += micros * SUM_BYTES * self.learns / shared / self.rates.copy
-        return out + micros * self.links(train)
+        forwards = 1 + self.placed.checkpointing if train else 1
+        products = forwards + (1 if need.lora else 2) * train  # frozen weights need no gradient, their inputs do
+        compute = products * tokens * self.flops(length, said) / (self.rates.matmul * self.rates.train)
+        moved = tokens * self.moved(length, said, forwards, train) + micros * self.summed(train)
+        device = compute + moved / self.rates.copy
+        return max(device, micros * self.host(products, forwards, train)) + micros * self.links(train)
+
+    def moved(self, length: float, said: float, forwards: int, train: bool) -> float:
+        """Bytes for each token of passes, beside matrix products."""
+        need = self.placed.need
+        layer = (forwards + traffic.BACKWARD * train) * traffic.layer(self.shape, length, need.dtype, need.eager)
+        if need.lora is not None:
+            layer += forwards * traffic.adapters(need.lora, need.dtype, backward=False)
+            layer += traffic.adapters(need.lora, need.dtype, backward=True) * train
+        loss = (traffic.LOSS + traffic.LOSS_BACKWARD * train) * self.shape.vocab if self.causal else 0
+        return self.shape.layers * layer + said * loss
+
+    def summed(self, train: bool) -> float:
+        """Bytes of adding a micro batch's gradients to their sums."""
+        if not train:
+            return 0.0
+        dtype, owned = self.placed.need.dtype, 1
+        all_ = traffic.BELOW_TWO[dtype]
+        if self.placed.zero >= 2:
+            owned, all_ = self.target.world, traffic.BUCKET * self.width
+        return (traffic.SUMS[dtype] / owned + all_) * self.learns
+
+    def host(self, products: int, forwards: int, train: bool) -> float:
+        """Seconds in which the host launches a micro batch."""
+        out = products * self.layers * self.rates.forward
+        if self.placed.zero == 3:
+            out += (forwards + train) * traffic.tensors(self.shape, not self.causal) * HOOKS
+        return out + traffic.SUM_LAUNCHES * self.trained_tensors * self.launch * train
 
     def links(self, train: bool) -> float:
         """Seconds of what a micro batch moves over links."""
@@ -175,23 +210,26 @@ class _Clock:
         bandwidth = self.rates.link if self.target.nodes == 1 else self.rates.network
         return size * (world - 1) / world / bandwidth
 
-    def update(self, sequences: float, length: float, updates: int) -> float:
+    def update(self, sequences: float, length: float, updates: int, said: float = 1.0) -> float:
         """Seconds of `updates` optimizer updates over `sequences`."""
         zero, world = self.placed.zero, self.target.world
-        size = self.width * self.learns
-        step = UPDATE_BYTES * self.learns / (world if zero else 1) / self.rates.copy
+        size, dtype = self.width * self.learns, self.placed.need.dtype
+        step = traffic.STEP[dtype] * self.learns / (world if zero else 1) / self.rates.copy
+        if zero == 1 and dtype == "bf16":
+            step += (traffic.STEP_SUMS + traffic.STEP_WHOLE * (1 - 1 / world)) * self.learns / self.rates.copy
         if self.placed.offload in ("optimizer", "both"):
             moved = (4 + self.width) * self.learns / world / self.rates.host
-            step = moved + UPDATE_BYTES * self.learns / self.target.nodes / HOST_MEMORY
+            step = moved + traffic.STEP[dtype] * self.learns / self.target.nodes / HOST_MEMORY
             if self.placed.need.nvme is not None:
                 step += nvme.step_seconds(self.learns, self.target.nodes)
+        step += traffic.STEP_LAUNCHES * self.trained_tensors * self.launch
         if zero == 0:
             step += self.across(2 * size)
         elif zero == 1:
             step += self.across(2 * size)  # gradients to their owners, weights back
         elif zero == 2:
             step += self.across(size)
-        return self.passes(sequences, length, train=True) + updates * step
+        return self.passes(sequences, length, said, train=True) + updates * step
 
     def generate(self, sequences: int, sampling: Sampling, prompt: float, answer: int) -> float:
         """Seconds of sampling, by `generate` or by a captured step over a static cache.
@@ -200,12 +238,12 @@ class _Clock:
         """
         tensor, rounds, slots = sampling.tensor, sequences / sampling.rows, sampling.rows * sampling.tensor
         prefill = max(
-            slots * prompt * self.flops(prompt, tensor) / (self.rates.matmul * self.rates.train),
+            slots * prompt * self.flops(prompt, tensor=tensor) / (self.rates.matmul * self.rates.train),
             self.layers * self.rates.forward,
         ) + self.totals(slots * prompt, tensor)  # fmt: skip
         cache = memory.kv_cache(self.shape, sequences=sampling.rows, length=1, dtype=self.placed.need.dtype)
         read = self.width * shards.held(self.shape, self.count, tensor) + cache * (prompt + answer / 2)
-        compute = slots * self.flops(prompt + answer / 2, tensor) / self.rates.matmul
+        compute = slots * self.flops(prompt + answer / 2, tensor=tensor) / self.rates.matmul
         if sampling.engine == "graph":
             step = max(read / self.rates.copy, compute) + self.layers * GRAPH_LAYER + self.totals(slots, tensor)
             return rounds * (prefill + answer * step) + self.links(train=False)
@@ -232,7 +270,8 @@ def assumptions(target: Target, dtypes: Mapping[str, None]) -> list[str]:
         if rates is None:
             continue
         link = rates.link if target.nodes == 1 else rates.network
-        speed = f"{dtype}: matmul {rates.matmul / 1e12:.3g} TFLOP/s, of which passes reach {rates.train:.0%}"
+        speed = f"{dtype}: matmul {rates.matmul / 1e12:.3g} TFLOP/s"
+        speed += f", of which products of passes reach {rates.train:.0%}"
         speed += f"; memory {rates.copy / 1e9:.4g} GB/s"
         if target.world > 1:
             speed += f"; links {link / 1e9:.3g} GB/s"

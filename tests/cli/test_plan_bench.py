@@ -37,7 +37,9 @@ def test_a_plan_with_a_profile(here, capsys):
     arguments = ["plan", str(here / "small.rlhf"), "--no-lock", "--gpu", str(here / "here.json")]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "fp32: matmul 0.1 TFLOP/s, of which passes reach 50%; memory 10 GB/s (measured, here.json)" in out
+    # 50 % of a training step, of which 15 % is no product, and a stage keeps 72 %: 0.5 / 0.852 x 0.72
+    speed = "fp32: matmul 0.1 TFLOP/s, of which products of passes reach 42%; memory 10 GB/s (measured, here.json)"
+    assert speed in out
     assert main([*arguments, "--format", "json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["target"]["device"] == "cpu" and plan["time"]["cost"] is None

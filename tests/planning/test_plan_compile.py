@@ -196,7 +196,8 @@ def test_shards_where_a_copy_has_no_room(shop):
 def test_weights_in_place_are_not_cut_unasked(shop):
     text = PIPELINE.replace("model.tiny", "model.o").replace(TINY, 'model o { from = "facebook/opt-1.3b" }\n')
     planned = stage(shop.plan(text, gpus(8)), "stage.ppo")
-    assert planned["engines"]["actor"]["zero"] == 1 and planned["engines"]["actor"]["rollout"]["tensor"] == 1
+    # 2: over so few tokens the sums of all gradients, which stage 1 has on every device, cost more than a tenth
+    assert planned["engines"]["actor"]["zero"] == 2 and planned["engines"]["actor"]["rollout"]["tensor"] == 1
     asked = stage(shop.plan(text.replace("rollout {", "rollout { tensor = 2,"), gpus(8)), "stage.ppo")
     chosen = asked["engines"]["actor"]["rollout"]
     assert (chosen["engine"], chosen["tensor"]) == ("graph", 2) and "in 2 shards" in chosen["reason"]

@@ -7,7 +7,7 @@ from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.fit import fit
 from rlhfdsl.planning.hardware import MIB, Target
 from rlhfdsl.planning.layout import Need, Rollout
-from rlhfdsl.planning.rates import Rates, of_catalog, of_profile
+from rlhfdsl.planning.rates import TRAIN, Rates, of_catalog, of_profile
 from rlhfdsl.planning.timing import OnPolicy, Supervised, seconds
 
 H100 = Target("cuda", "h100-80g", 81559 * MIB, 1, 1, "--gpu")
@@ -55,12 +55,14 @@ def test_a_training_step_by_hand(monkeypatch):
     count = parameters(entry)
     tokens = 8 * 512
     forward = 2 * count + 4 * 24 * 2048 * 512  # the tied embedding is a matrix of the output
+    layer = 2 * (16 * 2048 + 2 * 8192)  # OPT in bf16: 16 values for each of the residual width, 2 for each of the MLP's
     step = {
-        "passes": 3 * tokens * forward / (1e14 * 0.5),
-        "loss": tokens * 50272 * 80 / 1e12,
-        "sums": 2 * 10 * count / 4 / 1e12,
+        "products": 3 * tokens * forward / (1e14 * 0.5),
+        "layers": (1 + 2.1) * tokens * 24 * layer / 1e12,
+        "loss": tokens * 50272 * (54 + 46) / 1e12,
+        "sums": 2 * (18 / 4 + 8) * count / 1e12,  # of a quarter, and into buckets
         "reduced": 2 * 2 * count * 3 / 4 / 1e11,
-        "optimizer": 28 * count / 4 / 1e12,
+        "optimizer": 46 * count / 4 / 1e12,
         "gathered": 2 * count * 3 / 4 / 1e11,
     }
     four = Target("cuda", "h100-80g", 81559 * MIB, 1, 4, "--gpus")
@@ -96,6 +98,38 @@ def test_a_step_over_shards_by_hand(monkeypatch):
     assert found == pytest.approx(prompts + 256 * step + gathered, rel=1e-3)
 
 
+def one_gpu(zero, **changed):
+    """Seconds of an update of OPT-1.3B in 4 micro batches of 1 token on one H100, which its host decides."""
+    one = need("policy", "facebook/opt-1.3b", 4, 1, zero=zero, micro=1, **{"checkpointing": False} | changed)
+    return seconds(fit([one], None, H100), Supervised(1), H100)["train"]
+
+
+def test_a_host_launches_layers_and_tensors(monkeypatch):
+    """388 tensors: 16 of each layer, two tables and the last norm. A layer's 3 ms are 30 launches."""
+    rates = Rates(
+        matmul=1e18, train=0.5, copy=1e18, link=1e11, network=1e10, host=1e10, decode=1e-3, forward=3e-3,
+        price=None, origin="a test",
+    )  # fmt: skip
+    monkeypatch.setattr(Target, "rates", lambda self, dtype: rates)
+    micro = 3 * 24 * 3e-3 + 3 * 388 * 1e-4
+    assert one_gpu(1) == pytest.approx(4 * micro + 4 * 388 * 1e-4, rel=1e-4)
+    assert one_gpu(3) == pytest.approx(4 * (micro + 2 * 388 * timing.HOOKS) + 4 * 388 * 1e-4, rel=1e-4)
+    recomputed = 4 * (micro + 24 * 3e-3 + 3 * 388 * timing.HOOKS) + 4 * 388 * 1e-4
+    assert one_gpu(3, checkpointing=True) == pytest.approx(recomputed, rel=1e-4)
+
+
+def test_a_policy_that_reads_its_answers_makes_their_logits_only():
+    """Half of 512 tokens are answers: the head's products and the loss of the other half are not there."""
+    rates, entry = H100.rates("bf16"), shape(lookup("facebook/opt-1.3b"))
+    one = need("actor", "facebook/opt-1.3b", 16, 512, zero=1, micro=16, checkpointing=False)
+    placed = fit([one], Rollout(16, 256, 512), H100)
+    whole = seconds(placed, OnPolicy(16, 256, 256, 1, 1, 0, 512), H100)["train"]
+    all_said = seconds(placed, OnPolicy(16, 0, 512, 1, 1, 0, 512), H100)["train"]
+    left = 16 * 256 * 50272
+    less = 3 * left * 2 * entry.embed / (rates.matmul * rates.train) + left * 100 / rates.copy
+    assert all_said - whole == pytest.approx(less)
+
+
 def test_checkpointing_offload_and_zero_3_cost_time():
     def took(**changed):
         target = Target("cuda", "a100-80g", 81920 * MIB, 1, 8, "--gpus")
@@ -126,7 +160,12 @@ PROFILE = {
 def test_processes_share_a_measured_cpu():
     one, two = (Target("cpu", None, None, 1, n, "--gpu", ("here.json", PROFILE)) for n in (1, 2))
     rates = one.rates("fp32")
-    assert (rates.matmul, rates.train, rates.copy, rates.decode) == (1e11, 0.5, 1e10, 5e-4)
+    assert (rates.matmul, rates.copy, rates.decode) == (1e11, 1e10, 5e-4)
+    # The bench's Llama: 4 layers of 256 and 1024. Of a token's seconds those for norms and the like are no products.
+    flops = 6 * (2 * 1024 * 256 + 4 * (4 * 256**2 + 3 * 256 * 1024 + 2 * 256) + 256)
+    moved = 4 * (1 + 2.1) * ((88 - 2 * 4) * 256 + 13 * 4 * 512 + 5 * 4 * 1024)
+    products = flops / 1e11 / (flops / 5e10 - moved / 1e10)
+    assert 0.5 < products < 1 and rates.train == pytest.approx(TRAIN * products)
     assert two.rates("fp32").matmul == 5e10
     assert of_profile(PROFILE, "here.json", "bf16") is None
     assert "measured, here.json" in timing.assumptions(two, {"fp32": None})[0]
