@@ -77,6 +77,12 @@ def make(
             "E0753", f"`{source['file']}` is Python, and a bundle holds no code", at=f"{address}.file",
             help="share `rlhf plan -o x.rhplan`, which pins the file's hash, and the file beside it",
         )  # fmt: skip
+    for address, model in plan["models"].items() if kind == BUNDLE else ():
+        if "path" in (model["from"] or {}) and checkpoints.pickles(model):
+            raise UserError(
+                "E0753", f"the weights of `{model['from']['path']}` are pickles, and a bundle holds none",
+                at=f"{address}.from", help="save them as safetensors, or name a model of the hub",
+            )  # fmt: skip
     folder = os.path.abspath(recipe.path.parent)
     found = {os.path.abspath(name): text.encode() for name, text in texts(recipe.sources).items()}
     found |= _inputs(plan, folder, limit) if kind == BUNDLE else {}

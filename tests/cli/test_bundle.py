@@ -267,6 +267,22 @@ def test_a_function_runs_only_in_a_run_and_never_from_a_bundle(capsys, tmp_path,
     assert len(runs) == 1 and not marker.exists()
 
 
+def test_pickled_weights_stay_out(capsys, tmp_path, monkeypatch):
+    import torch
+    from small import scratch
+
+    monkeypatch.chdir(tmp_path)
+    recipe, folder = small(tmp_path), tmp_path / "tiny"
+    scratch(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.ones(2)}, folder / "pytorch_model.bin")
+    arch = "arch = llama, layers = 2, hidden = 32, heads = 4"
+    recipe.write_text(recipe.read_text().replace(arch, 'from = "./tiny"'))
+    code, _, err = rlhf(capsys, "bundle", recipe, "--gpu", "cpu", "-o", "x.rlhfb")
+    assert code == 1 and "error[E0753]: the weights of `tiny` are pickles" in err and "W0707" in err
+    assert not Path("x.rlhfb").exists()
+
+
 def test_secrets_stay_out(capsys, recipe, monkeypatch):
     """The environment's token is in nothing that is written, and a file that holds it is not packed."""
     token = "not-a-real-token-0123456789"
