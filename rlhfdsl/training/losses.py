@@ -28,8 +28,8 @@ def token_statistics(
     """log softmax(logits / temperature) at `targets`, and the entropy of that distribution in nats: fp32 [N] each.
 
     logits [M, V] in any type; targets [N]; rows [N]: the row of each target (left out: row n is that of target n).
-    Works through the tokens in chunks, forwards and backwards, so that no fp32 copy of all logits exists; what stays
-    for the backward pass is the logits themselves and two numbers for each token.
+    No fp32 copy of all logits exists, forwards or backwards: on a GPU a kernel reads them once (kernels.py), elsewhere
+    the tokens come in chunks. What stays for the backward pass is the logits themselves and two numbers for each token.
     """
     return _TokenStatistics.apply(logits, targets, temperature, rows)
 
@@ -44,48 +44,78 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, rows):
-        log_probs = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-        entropy, norm = torch.empty_like(log_probs), torch.empty_like(log_probs)
-        for part in _chunks(len(targets), logits.shape[-1]):
-            chosen = _rows(logits, rows, part)
-            if temperature != 1:
-                chosen = chosen.float() / temperature
-            every = chosen.log_softmax(-1, dtype=torch.float32)
-            target = targets[part].unsqueeze(1)
-            log_probs[part] = every.gather(1, target).squeeze(1)
-            norm[part] = chosen.gather(1, target).squeeze(1).float() - log_probs[part]
-            # 0 for tokens that a mask put at -inf: in the limit p log p is 0 there.
-            entropy[part] = -torch.linalg.vecdot(every.exp(), every.clamp_(min=_LEAST))
+        statistics = _kernels().statistics if logits.is_cuda else _statistics
+        log_probs, entropy, norm = statistics(logits, targets, temperature, rows)
         ctx.save_for_backward(logits, targets, rows, norm, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx, of_log_probs, of_entropy):
+    def backward(ctx, *of):
         logits, targets, rows, norm, entropy = ctx.saved_tensors
-        gradient = torch.empty_like(logits) if rows is None else torch.zeros_like(logits)
-        for part in _chunks(len(targets), logits.shape[-1]):
-            x = _rows(logits, rows, part).to(torch.float32, copy=True)
-            if ctx.temperature != 1:
-                x /= ctx.temperature
-            x -= norm[part].unsqueeze(1)
-            if of_entropy is None:
-                d = x.exp_().mul_(-of_log_probs[part].unsqueeze(1))
-            else:
-                d = -of_entropy[part].unsqueeze(1) * (x.clamp(min=_LEAST) + entropy[part].unsqueeze(1))
-                if of_log_probs is not None:
-                    d -= of_log_probs[part].unsqueeze(1)
-                d *= x.exp_()
+        gradient = _kernels().gradient if logits.is_cuda else _gradient
+        return gradient(logits, targets, ctx.temperature, rows, norm, entropy, *of), None, None, None
+
+
+def _kernels():
+    from rlhfdsl.training import kernels
+
+    return kernels
+
+
+def _statistics(
+    logits: Tensor, targets: Tensor, temperature: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of the targets, entropies, and log sum exp of the scaled logits: fp32 [N] each; as in kernels.py."""
+    log_probs = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    entropy, norm = torch.empty_like(log_probs), torch.empty_like(log_probs)
+    for part in _chunks(len(targets), logits.shape[-1]):
+        chosen = _rows(logits, rows, part)
+        if temperature != 1:
+            chosen = chosen.float() / temperature
+        every = chosen.log_softmax(-1, dtype=torch.float32)
+        target = targets[part].unsqueeze(1)
+        log_probs[part] = every.gather(1, target).squeeze(1)
+        norm[part] = chosen.gather(1, target).squeeze(1).float() - log_probs[part]
+        # 0 for tokens that a mask put at -inf: in the limit p log p is 0 there.
+        entropy[part] = -torch.linalg.vecdot(every.exp(), every.clamp_(min=_LEAST))
+    return log_probs, entropy, norm
+
+
+def _gradient(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    rows: Tensor | None,
+    norm: Tensor,
+    entropy: Tensor,
+    of_log_probs: Tensor | None,
+    of_entropy: Tensor | None,
+) -> Tensor:
+    """The gradient of the logits from those of the two statistics, None for one that was not used; as in kernels.py."""
+    gradient = torch.empty_like(logits) if rows is None else torch.zeros_like(logits)
+    for part in _chunks(len(targets), logits.shape[-1]):
+        x = _rows(logits, rows, part).to(torch.float32, copy=True)
+        if temperature != 1:
+            x /= temperature
+        x -= norm[part].unsqueeze(1)
+        if of_entropy is None:
+            d = x.exp_().mul_(-of_log_probs[part].unsqueeze(1))
+        else:
+            d = -of_entropy[part].unsqueeze(1) * (x.clamp(min=_LEAST) + entropy[part].unsqueeze(1))
             if of_log_probs is not None:
-                d.scatter_add_(1, targets[part].unsqueeze(1), of_log_probs[part].unsqueeze(1))
-            if ctx.temperature != 1:
-                d /= ctx.temperature
-            if rows is None:
-                gradient[part] = d
-            else:
-                gradient.index_copy_(0, rows[part], d.to(logits.dtype))
-        return gradient, None, None, None
+                d -= of_log_probs[part].unsqueeze(1)
+            d *= x.exp_()
+        if of_log_probs is not None:
+            d.scatter_add_(1, targets[part].unsqueeze(1), of_log_probs[part].unsqueeze(1))
+        if temperature != 1:
+            d /= temperature
+        if rows is None:
+            gradient[part] = d
+        else:
+            gradient.index_copy_(0, rows[part], d.to(logits.dtype))
+    return gradient
 
 
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:

@@ -13,6 +13,8 @@ from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
+from rlhfdsl.engines.rollout.eager import EagerSampler
+from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.loading import gathered
 from rlhfdsl.models.tokenizers import byte_tokenizer
@@ -57,6 +59,19 @@ def test_only_adapters_move_and_the_base_stays_a_policy_of_its_own(source, zero,
             reference = base.logits(some_ids(), LENGTHS)
             assert torch.equal(reference, plain.logits(some_ids(), LENGTHS))
             assert not torch.allclose(actor.logits(some_ids(), LENGTHS), reference, atol=1e-2)
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in tensors(actor.module, False).items())
+    assert not any(torch.equal(tensor, adapters[name]) for name, tensor in tensors(actor.module, True).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", [EagerSampler, GraphSampler])
+def test_the_base_has_the_same_bits_after_a_thousand_rounds(source, sampler):
+    actor = engine(HybridEngine, source, spec(zero=1, dtype="bf16", lr=1e-3, lora=lora()))
+    actor.sampler = sampler(actor)
+    frozen, adapters = tensors(actor.module, False), tensors(actor.module, True)
+    for _ in range(1000):
+        rollout(actor, [[10, 20, 30], [7]])
+        learn(actor, times=1)
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in tensors(actor.module, False).items())
     assert not any(torch.equal(tensor, adapters[name]) for name, tensor in tensors(actor.module, True).items())
 
