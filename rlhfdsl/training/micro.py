@@ -6,7 +6,7 @@ tokens of the whole minibatch, so the cut changes speed and rounding, never the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -56,3 +56,24 @@ def micro_parts(
         [torch.tensor(rows) + number * size for rows in in_parts(parts, count)]
         for number, (parts, count) in enumerate(zip(cut, most, strict=True))
     ]
+
+
+Metrics = dict[str, float]
+Passes = Generator[None, None, Metrics]  # yields after each micro batch, returns the metrics of all
+
+
+def in_turn(passes: Sequence[Passes]) -> Metrics:
+    """Take the micro batches of several engines in turn; the metrics of all.
+
+    A small model's kernels end sooner than a host launches them: between those of a large one, the device never waits.
+    """
+    found: list[Metrics] = [{} for _ in passes]
+    waiting = list(range(len(passes)))
+    while waiting:
+        for number in list(waiting):
+            try:
+                next(passes[number])
+            except StopIteration as end:
+                found[number] = end.value
+                waiting.remove(number)
+    return {name: value for metrics in found for name, value in metrics.items()}

@@ -29,7 +29,7 @@ from rlhfdsl.training import invariants, rollouts
 from rlhfdsl.training.advantages import next_kl_coefficient
 from rlhfdsl.training.experience import Experience, Scored, as_answers
 from rlhfdsl.training.losses import kl_estimate
-from rlhfdsl.training.micro import micro_parts
+from rlhfdsl.training.micro import Passes, in_turn, micro_parts
 from rlhfdsl.training.policy import policy_gradients, pretraining_gradients
 from rlhfdsl.training.rewards import Reward, Weighted, models
 
@@ -100,17 +100,17 @@ class OnPolicy(ABC):
 
     def gradients(
         self, experience: Experience, number: int, pretraining: Sequence[Example], actor: bool
-    ) -> dict[str, float]:
-        """Accumulate the gradients of minibatch `number` in every trained engine."""
+    ) -> list[Passes]:
+        """What accumulates the gradients of minibatch `number`, for each trained engine."""
         if not actor:
-            return {}
+            return []
         engine = self.engines.actor
         parts = self.parts(experience, engine)[number]
-        metrics = policy_gradients(engine, experience, parts, self.settings, self.kl_coefficient)
+        passes = [policy_gradients(engine, experience, parts, self.settings, self.kl_coefficient)]
         if pretraining:
             weight = self.settings["ptx"]["weight"]
-            metrics["ptx_loss"] = pretraining_gradients(engine, pretraining, weight, self.pad_id, self.longest)
-        return metrics
+            passes.append(pretraining_gradients(engine, pretraining, weight, self.pad_id, self.longest))
+        return passes
 
     # -- sampling and scoring --------------------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ class OnPolicy(ABC):
         for epoch in range(update["epochs"]):
             for number in order(count, self.seed, self.rollouts * update["epochs"] + epoch, shuffle=True):
                 pretraining = ptx[len(history)] if ptx else ()
-                metrics = self.gradients(experience, number, pretraining, actor)
+                metrics = in_turn(self.gradients(experience, number, pretraining, actor))
                 history.append(metrics | self._step(actor))
         self._steer(experience)
         mean = {key: sum(m[key] for m in history) / len(history) for key in history[0]}

@@ -20,7 +20,7 @@ from rlhfdsl.engines.distributed import all_sum
 from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.training.experience import Experience
 from rlhfdsl.training.losses import kl_estimate, policy_loss, token_mean
-from rlhfdsl.training.micro import micro_parts
+from rlhfdsl.training.micro import Passes, micro_parts
 from rlhfdsl.training.rollouts import answer_statistics
 from rlhfdsl.training.sft import supervised_tokens, token_loss
 
@@ -31,10 +31,10 @@ def policy_gradients(
     parts: Iterable[Tensor],
     settings: dict[str, Any],
     kl_coefficient: float,
-) -> dict[str, float]:
+) -> Passes:
     """Accumulate the gradients of one minibatch, whose micro batches are the row numbers `parts`.
 
-    settings: `update`, `kl` and `rollout` of the stage's settings. Returns means over the minibatch's tokens.
+    settings: `update`, `kl` and `rollout` of the stage's settings. The metrics are means over the minibatch's tokens.
     """
     update, kl, temperature = settings["update"], settings["kl"], settings["rollout"]["temperature"]
     parts = list(parts)
@@ -60,6 +60,7 @@ def policy_gradients(
             (kl_estimate(part.log_probs, log_probs.detach(), "k3") * mask).sum(),
             (log_ratio.exp() * mask).sum(), mask.sum(),
         ]).double()  # fmt: skip
+        yield
     loss, clips, entropy_sum, approximate_kl, ratio, count = all_sum(sums).tolist()
     return {
         "policy_loss": loss / count,
@@ -72,8 +73,8 @@ def policy_gradients(
 
 def pretraining_gradients(
     engine: PolicyEngine, rows: Sequence[Example], weight: float, pad_id: int, longest: int
-) -> float:
-    """Add weight x the token-mean loss of pretraining rows to the gradients; returns that loss.
+) -> Passes:
+    """Add weight x the token-mean loss of pretraining rows to the gradients; the metric is that loss.
 
     longest: tokens of a row at which the engine's micro batch was sized.
     """
@@ -84,4 +85,5 @@ def pretraining_gradients(
         loss = token_loss(engine, collate([rows[i] for i in part], pad_id).to(engine.device), tokens)
         engine.backward(weight * loss)
         total += loss.detach()
-    return all_sum(total).item() / distributed.world()
+        yield
+    return {"ptx_loss": all_sum(total).item() / distributed.world()}

@@ -25,6 +25,7 @@ from rlhfdsl.training.advantages import advantages_and_returns, explained_varian
 from rlhfdsl.training.context import Context
 from rlhfdsl.training.experience import Experience, Scored
 from rlhfdsl.training.losses import token_mean, value_loss
+from rlhfdsl.training.micro import Passes
 from rlhfdsl.training.onpolicy import OnPolicy
 from rlhfdsl.training.rollouts import answer_values, read
 
@@ -52,15 +53,15 @@ class Trainer(OnPolicy):
 
     def gradients(
         self, experience: Experience, number: int, pretraining: Sequence[Example], actor: bool
-    ) -> dict[str, float]:
+    ) -> list[Passes]:
         critic = self.engines.critic
-        metrics = value_gradients(critic, experience, self.parts(experience, critic)[number], self.settings["update"])
-        return metrics | super().gradients(experience, number, pretraining, actor)
+        passes = value_gradients(critic, experience, self.parts(experience, critic)[number], self.settings["update"])
+        return [passes, *super().gradients(experience, number, pretraining, actor)]
 
 
 def value_gradients(
     engine: ScalarEngine, experience: Experience, parts: Iterable[Tensor], update: dict[str, Any]
-) -> dict[str, float]:
+) -> Passes:
     """Accumulate the critic's gradients of one minibatch, whose micro batches are the row numbers `parts`."""
     parts = list(parts)
     tokens = all_sum(sum(experience.mask[rows].sum() for rows in parts).float())
@@ -71,6 +72,7 @@ def value_gradients(
         losses, clipped = value_loss(answer_values(engine, part), part.values, part.returns, update["value_clip"])
         engine.backward(update["value_weight"] * token_mean(losses, part.mask, tokens, distributed.world()))
         sums += torch.stack([(losses.detach() * part.mask).sum(), (clipped & part.mask).sum()]).double()
+        yield
     loss, clips = (all_sum(sums) / tokens).tolist()
     return {"value_loss": loss, "value_clipped": clips}
 

@@ -9,6 +9,7 @@ from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.training import grpo, rloo
 from rlhfdsl.training.advantages import group_advantages, leave_one_out
+from rlhfdsl.training.micro import in_turn
 from rlhfdsl.training.onpolicy import Engines
 from rlhfdsl.training.rewards import ModelReward
 
@@ -119,7 +120,7 @@ def test_one_or_many_micro_batches_give_one_update(source, other_source):
         one = trainer(grpo, source, other_source, micro=micro)
         experience, _ = one.generate_experience(prompts(), [0, 1, 2, 3])
         assert len(set(experience.lengths.tolist())) > 3
-        one.gradients(experience, 0, (), True)
+        in_turn(one.gradients(experience, 0, (), True))
         # DeepSpeed keeps the accumulated gradient in `grad` at ZeRO 0.
         gradients.append(torch.cat([p.grad.flatten() for p in one.engines.actor.module.parameters()]))
     assert gradients[0].norm() > 0.01

@@ -2,7 +2,7 @@
 
 import random
 
-from rlhfdsl.training.micro import by_length, in_parts, micro_parts
+from rlhfdsl.training.micro import by_length, in_parts, in_turn, micro_parts
 
 
 def padded(parts, lengths):
@@ -41,3 +41,17 @@ def test_unequal_answers_are_padded_little():
     parts = by_length(lengths, 16, 320)
     assert padded(in_order, lengths) > 1.6 * sum(lengths)
     assert padded(parts, lengths) < 1.15 * sum(lengths) and len(parts) < len(in_order)
+
+
+def test_micro_batches_of_several_engines_come_in_turn():
+    order = []
+
+    def passes(name, count):
+        for number in range(count):
+            order.append((name, number))
+            yield
+        return {name: float(count)}
+
+    assert in_turn([passes("a", 1), passes("b", 3), passes("c", 2)]) == {"a": 1.0, "b": 3.0, "c": 2.0}
+    assert order == [("a", 0), ("b", 0), ("c", 0), ("b", 1), ("c", 1), ("b", 2)]
+    assert in_turn([]) == {}
