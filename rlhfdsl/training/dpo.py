@@ -27,7 +27,7 @@ from rlhfdsl.training import invariants
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import preference_loss
 from rlhfdsl.training.micro import micro_parts
-from rlhfdsl.training.reading import target_statistics
+from rlhfdsl.training.reading import Targets, target_statistics
 from rlhfdsl.training.reward import longer, read_tokens
 
 
@@ -139,7 +139,7 @@ def log_probs(engine: PolicyEngine | BasePolicy, pairs: Sequence[Pair], context:
     """Summed log-probability of the answers' tokens, [B, 2] for chosen and rejected."""
     batch = collate([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], context.pad_id)
     batch = batch.to(engine.device)
-    per_token, _ = target_statistics(engine, batch.ids, batch.lengths, batch.loss)
+    per_token, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss))
     return per_token.sum(1).view(2, -1).T
 
 

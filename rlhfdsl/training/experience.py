@@ -41,6 +41,7 @@ class Answers:
 
     def take(self, rows: slice | Tensor) -> Self:
         """The given rows, with the columns that only padding fills cut off."""
+        rows = rows.to(self.ids.device) if isinstance(rows, Tensor) else rows
         part = {f.name: value[rows] for f in fields(self) if (value := getattr(self, f.name)) is not None}
         width, answer = int(part["lengths"].max()), int(part["mask"].sum(1).max())
         for name, tensor in part.items():

@@ -21,7 +21,7 @@ from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.training.experience import Experience
 from rlhfdsl.training.losses import kl_estimate, policy_loss, token_mean
 from rlhfdsl.training.micro import Passes, micro_parts
-from rlhfdsl.training.rollouts import answer_statistics
+from rlhfdsl.training.rollouts import answer_statistics, answer_targets
 from rlhfdsl.training.sft import supervised_tokens, token_loss
 
 
@@ -37,14 +37,14 @@ def policy_gradients(
     settings: `update`, `kl` and `rollout` of the stage's settings. The metrics are means over the minibatch's tokens.
     """
     update, kl, temperature = settings["update"], settings["kl"], settings["rollout"]["temperature"]
-    parts = list(parts)
-    tokens = all_sum(sum(experience.mask[rows].sum() for rows in parts).float())
+    taken = [experience.take(rows) for rows in parts]
+    targets = [answer_targets(part) for part in taken]  # before the first pass: both wait for the device
+    tokens = all_sum(sum(part.mask.sum() for part in taken).float())
     sums = torch.zeros(6, device=engine.device, dtype=torch.float64)
     engine.train()
-    for rows in parts:
-        part = experience.take(rows)
+    for part, marked in zip(taken, targets, strict=True):
         mask = part.mask
-        log_probs, entropy = answer_statistics(engine, part, temperature)
+        log_probs, entropy = answer_statistics(engine, part, temperature, marked)
         losses, clipped = policy_loss(
             log_probs, part.log_probs, part.advantages, update["clip"], update["dual_clip"], update["clip_high"]
         )

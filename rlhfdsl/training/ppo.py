@@ -63,12 +63,11 @@ def value_gradients(
     engine: ScalarEngine, experience: Experience, parts: Iterable[Tensor], update: dict[str, Any]
 ) -> Passes:
     """Accumulate the critic's gradients of one minibatch, whose micro batches are the row numbers `parts`."""
-    parts = list(parts)
-    tokens = all_sum(sum(experience.mask[rows].sum() for rows in parts).float())
+    taken = [experience.take(rows) for rows in parts]  # before the first pass: it waits for the device
+    tokens = all_sum(sum(part.mask.sum() for part in taken).float())
     sums = torch.zeros(2, device=engine.device, dtype=torch.float64)
     engine.train()
-    for rows in parts:
-        part = experience.take(rows)
+    for part in taken:
         losses, clipped = value_loss(answer_values(engine, part), part.values, part.returns, update["value_clip"])
         engine.backward(update["value_weight"] * token_mean(losses, part.mask, tokens, distributed.world()))
         sums += torch.stack([(losses.detach() * part.mask).sum(), (clipped & part.mask).sum()]).double()

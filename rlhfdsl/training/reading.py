@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -9,21 +12,36 @@ from rlhfdsl.engines.engine import BasePolicy, PolicyEngine
 from rlhfdsl.training.losses import token_statistics
 
 
-def target_statistics(
-    engine: PolicyEngine | BasePolicy, ids: Tensor, lengths: Tensor, targets: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the tokens marked in `targets`, and entropies of their distributions: fp32 [B, T] each.
+@dataclass(frozen=True)
+class Targets:
+    """The N tokens of a batch [B, T] that are to be predicted.
 
-    ids [B, T] right-padded; targets bool [B, T]: column 0, which nothing predicts, counts as false. Entries that are
-    not targets are 0.
+    rows, columns [N]: where they are; first: the first column whose logits they need. To find them waits for the
+    device, to read with them does not.
     """
-    targets = targets.clone()
-    targets[:, 0] = False
-    rows, columns = targets.nonzero(as_tuple=True)
-    first = int(columns.min()) - 1 if len(columns) else 0
-    logits = engine.logits(ids, lengths, first)
-    width = ids.shape[1] - first
-    found = token_statistics(logits.flatten(0, 1), ids[rows, columns], temperature, rows * width + columns - 1 - first)
-    whole = torch.zeros(targets.shape, device=ids.device)
-    log_probs, entropies = (whole.masked_scatter(targets, part) for part in found)
+
+    rows: Tensor
+    columns: Tensor
+    first: int
+
+    @classmethod
+    def of(cls, marked: Tensor) -> Self:
+        """The tokens marked in a bool [B, T], but for those in column 0, which nothing predicts."""
+        rows, columns = marked[:, 1:].nonzero(as_tuple=True)
+        return cls(rows, columns + 1, int(columns.min()) if len(columns) else 0)
+
+
+def target_statistics(
+    engine: PolicyEngine | BasePolicy, ids: Tensor, lengths: Tensor, targets: Targets, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the target tokens, and entropies of their distributions: fp32 [B, T] each.
+
+    ids [B, T] right-padded. Entries that are not targets are 0.
+    """
+    rows, columns = targets.rows, targets.columns
+    logits = engine.logits(ids, lengths, targets.first)
+    places = rows * logits.shape[1] + columns - 1 - targets.first
+    found = token_statistics(logits.flatten(0, 1), ids[rows, columns], temperature, places)
+    whole = torch.zeros(ids.shape, device=ids.device)
+    log_probs, entropies = (whole.index_put((rows, columns), part) for part in found)
     return log_probs, entropies

@@ -14,7 +14,7 @@ from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_p
 from rlhfdsl.engines.rollout.sampling import row_seeds
 from rlhfdsl.models.inputs import length_mask
 from rlhfdsl.training.experience import Answers, at_answers
-from rlhfdsl.training.reading import target_statistics
+from rlhfdsl.training.reading import Targets, target_statistics
 
 
 def sample(
@@ -37,10 +37,20 @@ def sample(
     return actor.generate(request, sampling)
 
 
-def answer_statistics(engine: PolicyEngine | BasePolicy, part: Answers, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log p of the answers' tokens given those before them, and the entropy of each: [b, A], 0 outside the mask."""
+def answer_targets(part: Answers) -> Targets:
+    """The tokens of the answers."""
     width = part.ids.shape[1]
-    targets = length_mask(part.lengths, width) & ~length_mask(part.prompt_lengths, width)
+    return Targets.of(length_mask(part.lengths, width) & ~length_mask(part.prompt_lengths, width))
+
+
+def answer_statistics(
+    engine: PolicyEngine | BasePolicy, part: Answers, temperature: float, targets: Targets | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log p of the answers' tokens given those before them, and the entropy of each: [b, A], 0 outside the mask.
+
+    targets: `answer_targets(part)` where it was made before.
+    """
+    targets = answer_targets(part) if targets is None else targets
     log_probs, entropies = target_statistics(engine, part.ids, part.lengths, targets, temperature)
     return tuple(at_answers(x[:, 1:], part.prompt_lengths, part.mask) for x in (log_probs, entropies))
 
@@ -57,15 +67,15 @@ def read(answers: Answers, parts: Iterable[Tensor], function: Callable[[Answers]
     parts: row numbers of each micro batch; function: a part of the answers to [b], or [b, its own A].
     """
     whole: Tensor | None = None
-    for rows in parts:
-        found = function(answers.take(rows))
+    # taken before the first pass, since taking rows waits for the device
+    for rows, part in [(rows.to(answers.ids.device), answers.take(rows)) for rows in parts]:
+        found = function(part)
         if whole is None:
             shape = answers.mask.shape if found.dim() == 2 else answers.mask.shape[:1]
             whole = torch.zeros(shape, dtype=found.dtype, device=found.device)
-        target = rows.to(found.device)
         if found.dim() == 2:
-            whole[target, : found.shape[1]] = found
+            whole[rows, : found.shape[1]] = found
         else:
-            whole[target] = found
+            whole[rows] = found
     assert whole is not None, "no rows"
     return whole

@@ -20,7 +20,7 @@ from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import token_mean
 from rlhfdsl.training.micro import micro_parts
-from rlhfdsl.training.reading import target_statistics
+from rlhfdsl.training.reading import Targets, target_statistics
 
 
 def run(context: Context) -> dict[str, float]:
@@ -67,7 +67,7 @@ def run(context: Context) -> dict[str, float]:
 
 def token_loss(engine: PolicyEngine, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
     """This micro batch's part of the global token-mean loss, ready for `backward`."""
-    log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, batch.loss)
+    log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss))
     return token_mean(-log_probs, batch.loss, tokens, distributed.world())
 
 
@@ -90,7 +90,7 @@ def evaluate(engine: PolicyEngine, rows: Sequence[Example], context: Context) ->
     (parts,) = micro_parts([len(rows[i].ids) for i in dealt], engine.micro, context.settings["length"])
     for part in parts:
         batch = collate([rows[dealt[i]] for i in part], context.pad_id).to(engine.device)
-        log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, batch.loss)
+        log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss))
         counted = batch.loss & (part < own).to(engine.device).unsqueeze(1)
         total += torch.stack([(-log_probs * counted).sum(), counted.sum()]).double()
     loss, tokens = distributed.all_sum(total).tolist()
