@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhfdsl.data import codes
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.models.exhausted import out_of_memory
 from rlhfdsl.models.lora import add_adapters
 from rlhfdsl.models.quiet import quiet
 from rlhfdsl.models.scalar import HEAD, ScalarModel, reset_head
@@ -53,7 +54,7 @@ def load_model(
     only safetensors are read.
     Returns a causal model of transformers, or a `ScalarModel` for `head = scalar`.
     Raises UserError when the source holds no decoder that transformers can load, and for a pickle that holds more
-    than tensors, of which nothing is run.
+    than tensors, of which nothing is run. Memory that runs out is raised as torch or Python says it.
     """
     if pickles:
         _look_into(pickles, source, revision, engine["base"])
@@ -62,6 +63,7 @@ def load_model(
     options = {"attn_implementation": engine["attention"], "dtype": DTYPES[engine["dtype"]], "revision": revision}
     # No code of a repository runs, in a pickle neither: with weights_only torch builds tensors and nothing else.
     options |= {"trust_remote_code": False, "use_safetensors": not pickles, "weights_only": True}
+    options["ignore_mismatched_sizes"] = True  # they come back in `info`, by name and shape
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would ask a service to convert the repository
     if device is not None and engine["deepspeed"]["zero_optimization"]["stage"] < 3:
         options["device_map"] = {"": device}
@@ -75,12 +77,21 @@ def load_model(
                 config.num_labels = 1
             model, info = automodel.from_pretrained(source, config=config, output_loading_info=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             raise UserError(
                 "E0820",
                 f"`{source}` cannot be loaded as a {'reward or value' if scalar else 'causal language'} model",
                 at=engine["base"],
                 help=first_line(error),
             ) from error
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(
+            "E0821",
+            f"`{name}` of `{source}` has the shape {list(found)}, and its architecture {list(wanted)}",
+            at=engine["base"],
+            help="config.json does not belong to these weights",
+        )
     missing = sorted(set(info["missing_keys"]) - {HEAD} - set(getattr(model, "_tied_weights_keys", None) or ()))
     if missing:
         raise UserError(

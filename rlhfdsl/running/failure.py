@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.models.exhausted import host_out_of_memory, out_of_memory
 from rlhfdsl.running.watch import FOLDER, Watch
 
 SHOWN = 4  # ranks that a message names
@@ -36,7 +37,8 @@ def leave(directory: Path, stage: Json, rank: int, error: Exception, doing: str)
         found |= {"code": error.code, "message": error.message, "place": error.place, "help": error.help}
         found["at"] = engine_address(stage, engine, "lr") if error.code == NOT_FINITE else error.at
     elif out_of_memory(error):
-        found |= {"code": MEMORY, "message": f"the device ran out of memory: {first_line(error)}", "help": _LESS_MEMORY}
+        whose = "host" if host_out_of_memory(error) else "device"
+        found |= {"code": MEMORY, "message": f"the {whose} ran out of memory: {first_line(error)}", "help": _LESS_MEMORY}
         found["at"] = engine_address(stage, engine, "parallel")
     else:
         found["message"] = f"{type(error).__name__}: {first_line(error)}"
@@ -44,13 +46,6 @@ def leave(directory: Path, stage: Json, rank: int, error: Exception, doing: str)
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{rank}.error.json").write_text(json.dumps(found), encoding="utf-8")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory of the device or the host ran out."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
 
 
 def engine_address(stage: Json, engine: str | None, setting: str) -> str:

@@ -19,8 +19,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from rlhfdsl.models.exhausted import out_of_memory
 from rlhfdsl.planning.measured import medians
-from rlhfdsl.running.failure import out_of_memory
 from rlhfdsl.running.worker import find_stage
 
 AT_LEAST = 2  # updates: the first warms up

@@ -84,6 +84,8 @@ class Context:
         """Load the model of an engine of the plan and put it on DeepSpeed."""
         spec = self.stage["engines"][name]
         source, revision, pickled = self._source(spec["weights"])
+        if self.pulse is not None:
+            self.pulse(f"{name}: loading")
         with partitioned(spec["deepspeed"]):
             module = load_model(
                 spec, source, revision=revision, seed=self.seed, device=self.device, pickles=pickled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import scratch, spec
+from transformers import LlamaForCausalLM
 
+from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.models.exhausted import out_of_memory
 from rlhfdsl.models.loading import load_model
 from rlhfdsl.models.tokenizers import model_facts
 from rlhfdsl.planning.checkpoints import numbers, pickles, weights
@@ -59,3 +63,40 @@ def test_safetensors_come_first():
     assert weights([*bins, *safe, "config.json"]) == safe
     assert weights([*bins, "adapter_model.safetensors", "onnx/model.safetensors", "training_args.bin"]) == bins
     assert weights(["optimizer.bin", "adapter_model.bin", "old/pytorch_model.bin"]) == []
+
+
+def more_than_there_is(*_: object, **__: object) -> torch.Tensor:
+    return torch.empty(1 << 50)
+
+
+def raising(error: Exception):
+    def function(*_: object, **__: object):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        more_than_there_is, raising(torch.OutOfMemoryError("CUDA out of memory.")), raising(MemoryError()),
+        raising(OSError(errno.ENOMEM, "Cannot allocate memory")),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_is_no_fault_of_the_model(tmp_path, monkeypatch, fails):
+    scratch(tmp_path / "model")
+    monkeypatch.setattr(LlamaForCausalLM, "_load_pretrained_model", fails)
+    with pytest.raises((RuntimeError, MemoryError, OSError)) as found:
+        load_model(spec(), str(tmp_path / "model"), revision=None, seed=1)
+    assert out_of_memory(found.value) and not isinstance(found.value, UserError)
+
+
+def test_weights_of_another_shape_are_a_fault_of_the_model(tmp_path):
+    scratch(tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(UserError) as found:
+        load_model(spec(), str(tmp_path / "model"), revision=None, seed=1)
+    assert found.value.code == "E0821" and "config.json" in found.value.help
+    assert "`model.embed_tokens.weight` of" in found.value.message
+    assert "has the shape [259, 32], and its architecture [259, 64]" in found.value.message

@@ -143,6 +143,15 @@ def test_memory_that_ran_out_names_the_rank_and_the_engine(tmp_path):
     assert "rank 1: the device ran out of memory: CUDA out of memory. Tried to allocate 2 GiB" in error.message
 
 
+def test_memory_of_the_host_that_ran_out_is_not_the_devices(tmp_path):
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 50)
+    leave(tmp_path, 0, found.value, "actor: loading")
+    error = explained(tmp_path)
+    assert error.code == "E0790" and error.at == "stage.ppo.actor.parallel"
+    assert "rank 0: the host ran out of memory" in error.message
+
+
 def test_a_rank_that_is_gone_is_named_and_not_those_that_waited_for_it(tmp_path):
     leave(tmp_path, 0, RuntimeError("[gloo] Connection reset by peer"), "actor: step")
     error = explained(tmp_path, r0=1, r1=-signal.SIGKILL)
