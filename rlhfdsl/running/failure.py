@@ -38,7 +38,8 @@ def leave(directory: Path, stage: Json, rank: int, error: Exception, doing: str)
         found["at"] = engine_address(stage, engine, "lr") if error.code == NOT_FINITE else error.at
     elif out_of_memory(error):
         whose = "host" if host_out_of_memory(error) else "device"
-        found |= {"code": MEMORY, "message": f"the {whose} ran out of memory: {first_line(error)}", "help": _LESS_MEMORY}
+        message = f"the {whose} ran out of memory: {first_line(error)}"
+        found |= {"code": MEMORY, "message": message, "help": _LESS_MEMORY}
         found["at"] = engine_address(stage, engine, "parallel")
     else:
         found["message"] = f"{type(error).__name__}: {first_line(error)}"

@@ -60,6 +60,9 @@ def start(
         "PYTHONUNBUFFERED": "1",
     }
     environment |= strict.environment(plan)
+    if target["device"] == "cpu":
+        # Nothing is compiled there, and DeepSpeed's look for Muon would import torch's compiler, seconds a rank.
+        environment.setdefault("TORCHDYNAMO_DISABLE", "1")
     if target["device"] == "cpu" and target["gpus"] > 1 and "OMP_NUM_THREADS" not in environment:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // target["gpus"]))
     with log.open("ab") as output:

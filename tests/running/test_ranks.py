@@ -65,7 +65,7 @@ def runs(tmp_path_factory) -> Path:
         str(Path(__file__).parents[1] / "pipeline.py"), str(folder), "2", *ZERO,
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (folder / "runs" / "port").write_text(str(port))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from rlhfdsl.engines.rollout.families import has_own_attention, own_attention
 from rlhfdsl.engines.rollout.fusing import fused
 from rlhfdsl.engines.rollout.group import TensorGroup
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling, right_padded
-from rlhfdsl.engines.rollout.sampling import gumbel
+from rlhfdsl.engines.rollout.slots import Law, Slots, draw
 from rlhfdsl.engines.rollout.weights import CopiedWeights
 from rlhfdsl.language.diagnostics import first_line
 from rlhfdsl.models.inputs import length_mask, takes
@@ -36,55 +35,6 @@ PREFILL_TOKENS = 32_768  # prompt tokens of one prefill forward, padding include
 COLUMNS = 64  # the cache's columns are a multiple of this, so that near lengths share one
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Slots:
-    """What a decode step reads and writes, at fixed addresses.
-
-    token, write [S]: the last token of a row and the column that it goes to. length [S, 1, 1, 1]: the columns that
-    attention reads, 0 for an idle slot. step, seed [S]; idle [S] bool; answers, log_probs [S, answer columns].
-    """
-
-    token: torch.Tensor
-    write: torch.Tensor
-    length: torch.Tensor
-    step: torch.Tensor
-    seed: torch.Tensor
-    idle: torch.Tensor
-    answers: torch.Tensor
-    log_probs: torch.Tensor
-
-    @classmethod
-    def empty(cls, count: int, columns: int, device: torch.device) -> Slots:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        return cls(
-            token=zeros(count), write=zeros(count), length=zeros(count, 1, 1, 1), step=zeros(count),
-            seed=zeros(count), idle=zeros(count, dtype=torch.bool), answers=zeros(count, columns),
-            log_probs=zeros(count, columns, dtype=torch.float32),
-        )  # fmt: skip
-
-    def first(self, count: int) -> Slots:
-        """Views of the first slots, at the same addresses."""
-        return Slots(**{field.name: getattr(self, field.name)[:count] for field in fields(self)})
-
-    def rest(self) -> None:
-        """Make every slot idle."""
-        for field in fields(self):
-            getattr(self, field.name).zero_()
-        self.idle.fill_(True)
-
-
-@dataclass(frozen=True)
-class Law:
-    """The part of the sampling settings that a captured step holds as constants."""
-
-    temperature: float
-    longest: int
-    stop_ids: tuple[int, ...]
-    pad_id: int
 
 
 class GraphSampler(Sampler):
@@ -231,7 +181,7 @@ class GraphSampler(Sampler):
         law, busy = self._law, ~slots.idle
         self.cache.decode(slots.write, slots.length)
         logits = self._forward(slots.token.unsqueeze(1), slots.write.unsqueeze(1))[:, -1]
-        chosen, log_probs = _draw(logits, law.temperature, slots.seed, slots.step)
+        chosen, log_probs = draw(logits, law.temperature, slots.seed, slots.step)
         if self.group is not None:
             chosen, log_probs = self.group.agreed(chosen, log_probs)
         column = slots.step.clamp(max=slots.answers.shape[1] - 1).unsqueeze(1)
@@ -329,19 +279,6 @@ class GraphSampler(Sampler):
             logger.warning("the decode step cannot be captured and runs without a graph: %s", self.capture_failure)
             return
         self.captured[len(slots.token)] = graph
-
-
-def _draw(
-    logits: torch.Tensor, temperature: float, seeds: torch.Tensor, step: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] drawn from logits [B, V] by the noise of (seed, step), and their log-probabilities [B]."""
-    if logits.is_cuda:
-        from rlhfdsl.engines.rollout import kernels
-
-        return kernels.draw(logits, temperature, seeds, step)
-    logits = logits.float() / temperature
-    chosen = (logits + gumbel(seeds, step, logits.shape[1])).argmax(-1, keepdim=True)
-    return chosen.squeeze(1), (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1)
 
 
 def _assembled(

@@ -1,0 +1,71 @@
+"""The slots of the graph rollout: what a decode step reads and writes, what it holds constant, and how it draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from rlhfdsl.engines.rollout.sampling import gumbel
+
+
+@dataclass
+class Slots:
+    """What a decode step reads and writes, at fixed addresses.
+
+    token, write [S]: the last token of a row and the column that it goes to. length [S, 1, 1, 1]: the columns that
+    attention reads, 0 for an idle slot. step, seed [S]; idle [S] bool; answers, log_probs [S, answer columns].
+    """
+
+    token: torch.Tensor
+    write: torch.Tensor
+    length: torch.Tensor
+    step: torch.Tensor
+    seed: torch.Tensor
+    idle: torch.Tensor
+    answers: torch.Tensor
+    log_probs: torch.Tensor
+
+    @classmethod
+    def empty(cls, count: int, columns: int, device: torch.device) -> Slots:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            token=zeros(count), write=zeros(count), length=zeros(count, 1, 1, 1), step=zeros(count),
+            seed=zeros(count), idle=zeros(count, dtype=torch.bool), answers=zeros(count, columns),
+            log_probs=zeros(count, columns, dtype=torch.float32),
+        )  # fmt: skip
+
+    def first(self, count: int) -> Slots:
+        """Views of the first slots, at the same addresses."""
+        return Slots(**{field.name: getattr(self, field.name)[:count] for field in fields(self)})
+
+    def rest(self) -> None:
+        """Make every slot idle."""
+        for field in fields(self):
+            getattr(self, field.name).zero_()
+        self.idle.fill_(True)
+
+
+@dataclass(frozen=True)
+class Law:
+    """The part of the sampling settings that a captured step holds as constants."""
+
+    temperature: float
+    longest: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+
+def draw(
+    logits: torch.Tensor, temperature: float, seeds: torch.Tensor, step: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B] drawn from logits [B, V] by the noise of (seed, step), and their log-probabilities [B]."""
+    if logits.is_cuda:
+        from rlhfdsl.engines.rollout import kernels
+
+        return kernels.draw(logits, temperature, seeds, step)
+    logits = logits.float() / temperature
+    chosen = (logits + gumbel(seeds, step, logits.shape[1])).argmax(-1, keepdim=True)
+    return chosen.squeeze(1), (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1)
