@@ -15,13 +15,21 @@ from typing import Any
 from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.planning.checkpoints import weights
 
-# What loading a model or data set may read. Code is not among it, so it is neither kept nor looked at; the pickles that
-# torch writes are, where a model has no safetensors.
-_READ = re.compile(
-    r"(^|/)(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
-    r"|model\.safetensors\.index)\.json$|^pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?$|\.safetensors$|(^|/)(merges|vocab)\.txt$|\.model$|\.jinja$"
+# What loading a tokenizer, a model or a data set may read. Code is not among it, so it is neither kept nor looked at; the
+# pickles that torch writes are, where a model has no safetensors.
+_TOKENIZER = (
+    r"(^|/)(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json$"
+    r"|(^|/)(merges|vocab)\.txt$|\.model$|\.jinja$"
 )
-_DATA = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.gz)?$")
+_WEIGHTS = (
+    r"(^|/)(generation_config|model\.safetensors\.index)\.json$|\.safetensors$"
+    r"|^pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?$"
+)
+_READ = {
+    "tokenizer": re.compile(_TOKENIZER),
+    "model": re.compile(f"{_TOKENIZER}|{_WEIGHTS}"),
+    "dataset": re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.gz)?$"),
+}
 _MOST = 2000  # files of a data set that are listed; the commit covers all of them
 _BLOCK = 1 << 20
 
@@ -29,14 +37,14 @@ _BLOCK = 1 << 20
 def pin_repo(name: str, kind: str, revision: str | None) -> dict[str, Any]:
     """{"revision": commit, "files": {path: {"bytes", "sha256" or "git"}}} of a repository as it is now.
 
-    kind: "model" or "dataset". revision: a branch, tag or commit; None for the default branch. Offline it is what the
+    kind: "model", "dataset", or "tokenizer" for a model of which nothing else is used. revision: a branch, tag or commit; None for the default branch. Offline it is what the
     cache holds. Raises what huggingface_hub raises.
     """
     from huggingface_hub import HfApi, is_offline_mode
 
     if is_offline_mode():
         return _cached(name, kind, revision)
-    info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
+    info = HfApi().repo_info(name, repo_type=_type(kind), revision=revision, files_metadata=True)
     files = {}
     for file in info.siblings or ():
         if _wanted(file.rfilename, kind):
@@ -52,10 +60,10 @@ def _cached(name: str, kind: str, revision: str | None) -> dict[str, Any]:
     from huggingface_hub.file_download import repo_folder_name
 
     try:
-        folder = Path(snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(name, repo_type=_type(kind), revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         # Files were fetched by commit, so the cache knows no branch: the newest commit is what was last locked.
-        home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots"
+        home = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=_type(kind)) / "snapshots"
         snapshots = sorted(home.iterdir(), key=lambda path: path.stat().st_mtime) if home.is_dir() else []
         if revision is not None or not snapshots:
             raise
@@ -77,7 +85,12 @@ def _pinned(commit: str, files: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _wanted(path: str, kind: str) -> bool:
-    return bool((_READ if kind == "model" else _DATA).search(path))
+    return bool(_READ[kind].search(path))
+
+
+def _type(kind: str) -> str:
+    """What the hub calls a repository of this kind."""
+    return "dataset" if kind == "dataset" else "model"
 
 
 def hash_of(path: Path, scheme: str) -> str:

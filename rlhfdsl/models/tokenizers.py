@@ -276,11 +276,11 @@ def _hub_pins(entry: Mapping[str, Any], address: str | None) -> dict[str, Any]:
     from rlhfdsl.models.hub import pin_repo
 
     pins = {}
-    for setting in ("from", "tokenizer"):
+    for setting, kind in (("from", "model"), ("tokenizer", "tokenizer")):
         source = entry[setting]
         if isinstance(source, Mapping) and "hub" in source and source["hub"] not in pins:
             try:
-                pins[source["hub"]] = pin_repo(source["hub"], "model", source.get("revision"))
+                pins[source["hub"]] = pin_repo(source["hub"], kind, source.get("revision"))
             except Exception as error:  # network, authentication and missing repositories have no common base
                 raise _hub_model(source["hub"], _at(address, setting), error) from error
     return pins

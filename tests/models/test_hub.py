@@ -214,3 +214,22 @@ def test_pickled_weights_of_the_hub_are_locked_and_verified(hub, files, shell, f
     code, out, _ = shell("verify", "plan.json")
     assert code == 1 and out.startswith("E0725 `pytorch_model.bin` of `org/pickle`")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("model", ['from = "org/tiny"', "arch = llama, layers = 1, hidden = 32, heads = 2, vocab = 259"])
+def test_of_another_repository_a_tokenizer_takes_its_own_files(hub, files, shell, folder, model):
+    hub.put("dataset", "org/pairs", pairs(12))
+    hub.put("model", "org/tiny", files)
+    commit = hub.put("model", "org/tok", files | {"pytorch_model.bin": b"\0", "tokenizer.model": b"\0"})
+    (folder / "small.rlhf").write_text(RECIPE.replace('from = "org/tiny"', f'{model}, tokenizer = "org/tok"'))
+    (folder / "rlhf.lock").unlink(missing_ok=True)
+    code, _, err = shell("lock", "small.rlhf")
+    assert code == 0, err
+    (locked,) = json.loads((folder / "rlhf.lock").read_text())["models"].values()
+    pins = locked["hub"]["org/tok"]["files"]
+    assert {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "config.json"} <= pins.keys()
+    assert not [name for name in pins if "generation" in name or name.endswith((".safetensors", ".bin"))]
+    assert ("model.safetensors" in locked["hub"].get("org/tiny", {"files": ()})["files"]) == model.startswith("from")
+    assert shell("plan", "small.rlhf", "--gpu", "cpu", "-o", "plan.json")[0] == 0
+    assert shell("verify", "plan.json")[0] == 0
+    assert not list((folder / "hf").rglob(f"snapshots/{commit}/model.safetensors"))
