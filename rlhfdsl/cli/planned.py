@@ -191,7 +191,7 @@ def target_of(recipe: Recipe, args: argparse.Namespace) -> hardware.Target | Dia
 def _make(plan: Json, locked: Json, path: Path) -> list[str]:
     """Make the facts that a plan lacks and write the lock; what was made before a mistake is kept."""
     from rlhfdsl.data.facts import edge_facts
-    from rlhfdsl.models.tokenizers import model_facts
+    from rlhfdsl.models.facts import model_facts
 
     base = path.parent
     made = []

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from rlhfdsl.data import codes
 from rlhfdsl.language.diagnostics import UserError, first_line
-from rlhfdsl.models.tokenizers import pin
+from rlhfdsl.models.sources import pin
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 

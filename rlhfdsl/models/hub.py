@@ -15,8 +15,8 @@ from typing import Any
 from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.planning.checkpoints import weights
 
-# What loading a tokenizer, a model or a data set may read. Code is not among it, so it is neither kept nor looked at; the
-# pickles that torch writes are, where a model has no safetensors.
+# What loading a tokenizer, a model or a data set may read. Code is not among it, so it is neither kept nor looked at;
+# the pickles that torch writes are, where a model has no safetensors.
 _TOKENIZER = (
     r"(^|/)(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json$"
     r"|(^|/)(merges|vocab)\.txt$|\.model$|\.jinja$"
@@ -37,8 +37,8 @@ _BLOCK = 1 << 20
 def pin_repo(name: str, kind: str, revision: str | None) -> dict[str, Any]:
     """{"revision": commit, "files": {path: {"bytes", "sha256" or "git"}}} of a repository as it is now.
 
-    kind: "model", "dataset", or "tokenizer" for a model of which nothing else is used. revision: a branch, tag or commit; None for the default branch. Offline it is what the
-    cache holds. Raises what huggingface_hub raises.
+    kind: "model", "dataset", or "tokenizer" for a model of which nothing else is used. revision: a branch, tag or
+    commit; None for the default branch. Offline it is what the cache holds. Raises what huggingface_hub raises.
     """
     from huggingface_hub import HfApi, is_offline_mode
 

@@ -216,7 +216,9 @@ def test_pickled_weights_of_the_hub_are_locked_and_verified(hub, files, shell, f
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("model", ['from = "org/tiny"', "arch = llama, layers = 1, hidden = 32, heads = 2, vocab = 259"])
+@pytest.mark.parametrize(
+    "model", ['from = "org/tiny"', "arch = llama, layers = 1, hidden = 32, heads = 2, vocab = 259"]
+)
 def test_of_another_repository_a_tokenizer_takes_its_own_files(hub, files, shell, folder, model):
     hub.put("dataset", "org/pairs", pairs(12))
     hub.put("model", "org/tiny", files)

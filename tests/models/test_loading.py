@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.exhausted import out_of_memory
+from rlhfdsl.models.facts import model_facts
 from rlhfdsl.models.loading import load_model
-from rlhfdsl.models.tokenizers import model_facts
 from rlhfdsl.planning.checkpoints import numbers, pickles, weights
 
 ENTRY = {"from": {"path": "model"}, "arch": None, "tokenizer": "bytes", "template": "auto"}

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.models.facts import model_facts
 from rlhfdsl.models.tokenizers import (
     HUMAN_ASSISTANT,
     byte_tokenizer,
     digest,
     generation_settings,
     load_tokenizer,
-    model_facts,
     render,
     stop_ids,
 )
@@ -49,7 +49,7 @@ def tokenizer():
 
 def test_importing_the_module_imports_nothing_heavy():
     code = (
-        "import sys, rlhfdsl.models.tokenizers, rlhfdsl.data.edge, rlhfdsl.data.facts\n"
+        "import sys, rlhfdsl.models.facts, rlhfdsl.data.edge, rlhfdsl.data.facts\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
