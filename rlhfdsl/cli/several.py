@@ -35,9 +35,11 @@ def over_models(args: argparse.Namespace) -> int:
         return ERROR
     address = scaling.actor_of(recipe)
     written = recipe.blocks[address]["from"]
+    if written is None:
+        fail(f"`{address}` is made from scratch; --largest sets the models of a family in place of a `from`")
     name = args.largest
     if name in ("actor", address):
-        if written is None or written.kind != "hub":
+        if written.kind != "hub":
             fail(f"`{address}` has no hub id; name a family: {', '.join(scaling.families())}")
         name = written.text
     hubs = scaling.family(name)

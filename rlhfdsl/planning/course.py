@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.language.recipe import Block, Reference
-from rlhfdsl.planning import shards
+from rlhfdsl.planning import capabilities, shards
 from rlhfdsl.planning.adapters import Lora, linears, matches
 from rlhfdsl.planning.batches import remainder
 from rlhfdsl.planning.catalog import Shape
@@ -110,11 +110,10 @@ def rows_are_whole(problems: Problems, at: str, edges: Mapping[str, Any]) -> Non
         setting = {"train": "data"}.get(name, name)
         sequences = facts["used"] * (2 if edge["read"] == "preference" else 1)
         dropped = sum(facts["dropped"].values())
-        longest = f"90 % are under {facts['lengths']['p90']} tokens as read, and the limit is {edge['length']}"
         if edge["read"] in ("chat", "preference") and facts["truncated"] > CUT_SHARE * sequences:
             problems.report(
                 "W0706", f"{facts['truncated']} of {sequences} sequences are cut at {edge['length']} tokens",
-                f"{at}.{setting}", notes=["what is cut has no end that a model could learn", longest],
+                f"{at}.{setting}", notes=["what is cut has no end that a model could learn"],
                 help="a larger length, or shorter rows",
             )  # fmt: skip
         elif dropped > DROP_SHARE * facts["rows"]:
@@ -171,7 +170,9 @@ def rollout_engine(
             help="engine = eager, or leave it out: auto takes the fastest that there is",
         )  # fmt: skip
     elif tensor is not None and tensor > 1 and chosen["engine"] != "graph":
+        could = chosen["reason"] == capabilities.table()["cpu"]["reason"]  # auto prefers `generate` there
         problems.report(
             "E0717", f"tensor = {tensor} is for `engine = graph`, and the actor samples with `generate`",
-            f"{at}.rollout.tensor", label=chosen["reason"], help="leave `tensor` out",
+            f"{at}.rollout.tensor", label=chosen["reason"],
+            help="leave `tensor` out" + (", or write `engine = graph`" if could else ""),
         )  # fmt: skip

@@ -46,6 +46,11 @@ def test_families():
     assert all(scaling.family(name) for name in scaling.families())
 
 
+def test_no_family_in_place_of_a_model_from_scratch(capsys):
+    assert main(["plan", "recipes/quickstart.rlhf", "--no-lock", "--gpu", "a100-80g", "--largest", "opt"]) == 2
+    assert "`model.tiny` is made from scratch; --largest sets the models of a family" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -454,9 +454,10 @@ def test_shards_that_do_not_come_out_even(shop, tensor, arch, label, help):
 def test_shards_need_the_graph(shop):
     text = PIPELINE.replace("rollout {", "rollout { tensor = 2,")
     code, message, help = said(shop.problem(text, Target("cpu", None, None, 1, 2, "--gpus")))
-    assert code == "E0717" and "samples with `generate`" in message and help == "leave `tensor` out"
-    code, message, _ = said(shop.problem(text.replace("tensor = 2", "tensor = 2, engine = eager"), gpus(2)))
     assert code == "E0717" and "samples with `generate`" in message
+    assert help == "leave `tensor` out, or write `engine = graph`"
+    code, message, help = said(shop.problem(text.replace("tensor = 2", "tensor = 2, engine = eager"), gpus(2)))
+    assert code == "E0717" and "samples with `generate`" in message and help == "leave `tensor` out"
 
 
 def test_a_type_that_is_not_cut(shop):
