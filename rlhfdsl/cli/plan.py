@@ -37,7 +37,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", metavar="PART", help="one part as JSON: ds_config.actor, stage.ppo.memory, stage.sft.batch, time …"
     )
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text",
+        help="default: text; json is the plan and, in `actions`, what a run would do with each stage now",
+    )  # fmt: skip
     parser.add_argument(
         "-o", dest="output", type=Path, metavar="FILE", help="save the plan for `rlhf run` (.rhplan; .json to read it)"
     )
@@ -68,12 +71,14 @@ def run(args: argparse.Namespace) -> int:
         return ERROR
     if args.show is not None:
         return _show(planned.plan, args.show)
+    actions = {} if args.no_lock else _actions(planned)
     if args.format == "json":
-        sys.stdout.write(text)
+        done = {stage: {"do": do, "reason": reason} for stage, (do, reason) in actions.items()}
+        sys.stdout.write(to_json(planned.plan | {"actions": done}))
     else:
         from rlhfdsl.planning.render import layout, render
 
-        sys.stdout.write(visible(render(planned.plan, {} if args.no_lock else _actions(planned))))
+        sys.stdout.write(visible(render(planned.plan, actions)))
         if args.fit:
             sys.stdout.write(visible("\n" + layout(planned.plan)))
         if args.output is not None:

@@ -47,8 +47,10 @@ def read_saved(path: Path, *, valid: bool = True) -> saved.Saved:
 
 
 def read_plan(path: Path) -> Json:
-    """A saved plan, valid by its schema. Exits 2 when the file is no JSON object; raises UserError when it is another
-    format's or not of the schema."""
+    """A saved plan, valid by its schema; of a printed one without the actions.
+
+    Exits 2 when the file is no JSON object; raises UserError when it is another format's or not of the schema.
+    """
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -58,4 +60,5 @@ def read_plan(path: Path) -> Json:
     if not isinstance(plan, dict):
         fail(f"{path} is not a plan: it holds no JSON object")
     validate_plan(plan)
+    plan.pop("actions", None)  # what `plan --format json` knew of another moment
     return plan

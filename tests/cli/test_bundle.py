@@ -106,6 +106,7 @@ def test_a_saved_plan_runs_exactly(capsys, recipe, runs, tmp_path):
     assert code == 0, err
     assert out.endswith(f"rlhf run p.rhplan --base {recipe.parent}\n")
     plan = json.loads(rlhf(capsys, "plan", recipe, *options, "--format", "json")[1])
+    assert list(plan.pop("actions")) == [stage["address"] for stage in plan["stages"]]
     assert rlhf(capsys, "run", "p.rhplan", "--base", recipe.parent)[0] == 0
     assert runs == [(plan, recipe.parent)] and plan["stages"][0]["batch"]["batch"] == 8
     first = Path("p.rhplan").read_bytes()

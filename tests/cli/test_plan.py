@@ -13,6 +13,8 @@ import pytest
 from command import rlhf
 
 from recipes import RECIPE, small
+from rlhfdsl.cli.plan import to_json
+from rlhfdsl.cli.saving import read_plan
 from rlhfdsl.planning.validate import validate_lock, validate_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +40,16 @@ def test_plan_makes_the_lock(capsys, recipe):
     assert again == (0, out, "")
 
 
-def test_json_and_output_are_the_same_bytes(capsys, recipe, tmp_path):
+def test_json_and_output_are_the_same_bytes_but_for_what_a_run_would_do(capsys, recipe, tmp_path):
     saved = tmp_path / "plan.json"
     code, out, _ = rlhf(capsys, "plan", recipe, "--gpu", "cpu", "--format", "json", "-o", saved)
-    assert code == 0 and saved.read_text() == out
     plan = json.loads(out)
     validate_plan(plan)
+    assert plan.pop("actions") == {"stage.sft": {"do": "run", "reason": "it has not run yet"}}
+    assert code == 0 and saved.read_text() == to_json(plan)
+    printed = tmp_path / "printed.json"
+    printed.write_text(out)
+    assert read_plan(printed) == plan
     assert plan["stages"][0]["edges"]["train"]["facts"]["files"]["pairs.jsonl"]["bytes"] > 0
 
 

@@ -36,11 +36,16 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert main(["plan", "small.rlhf", "--format", "json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     first, second, third = (stage["address"] for stage in plan["stages"])
+    assert [action["do"] for action in plan["actions"].values()] == ["run"] * 3
     assert overview(capsys) == {first: "+", second: "+", third: "+"}
     finish(plan, first)
     assert overview(capsys) == {first: "=", second: "+", third: "+"}
     assert main(["plan", "small.rlhf"]) == 0
     assert f"cached  {first}" in " ".join(capsys.readouterr().out.split(" ")).replace("  ", "  ")
+    assert main(["plan", "small.rlhf", "--format", "json"]) == 0
+    again = json.loads(capsys.readouterr().out)["actions"]
+    assert [action["do"] for action in again.values()] == ["cached", "run", "run"]
+    assert again[first]["reason"]
     changed = overview(capsys, "--set", f"{first}.lr=1e-5")
     assert changed[first] == "~"
     assert overview(capsys, "--no-lock") == {first: "+", second: "+", third: "+"}
