@@ -20,9 +20,9 @@ class Family:
     keys, each of a head's width. learned: extra rows of a learned position table, None without one.
     embed_norm: a norm after the embedding. sdpa: whether transformers lets it use that attention.
 
-    kept_hidden, kept_heads, kept_kv, kept_mlp: bytes kept for each element of the residual width, of the queries'
-    and keys' width together (head norms), of the values' width, and of the MLP's width. scores: for each element of
-    eager attention's scores.
+    kept_hidden, kept_heads, kept_mlp: bytes kept for each element of the residual width, of the queries' and keys'
+    width together (head norms; what one matrix makes beside the values), and of the MLP's width. scores: for each
+    element of eager attention's scores.
 
     Of these, what only gradients of weights need, and frozen ones (LoRA) do not keep: norm_hidden for each element of
     the residual width and norm_heads of the queries and keys, the inputs of each matrix. joined: whether the projection
@@ -44,7 +44,6 @@ class Family:
     sdpa: bool = True
     kept_hidden: tuple[int, int] = (4, 8)
     kept_heads: tuple[int, int] = (0, 0)
-    kept_kv: int = 0
     kept_mlp: int = 4
     scores: tuple[int, int] = (-1, 8)  # 6 in 16 bits: in fp32 and back; 4 in fp32
     norm_hidden: tuple[int, int] = (2, 0)
@@ -74,7 +73,7 @@ FAMILIES: dict[str, Family] = {
         _LLAMA, norms=4, head_norms=True, kept_hidden=(2, 32), kept_heads=(0, 8), norm_hidden=(0, 16),
         norm_heads=(0, 4), moved_hidden=(-18, 211), moved_heads=(7, 52),
     ),
-    "phi3": replace(_LLAMA, kept_kv=2, joined=True, moved_hidden=(4, 88)),
+    "phi3": replace(_LLAMA, kept_hidden=(5, 8), kept_heads=(1, 0), joined=True, moved_hidden=(4, 88)),
     "opt": replace(_CLASSIC, learned=2, kept_mlp=1, shared_mlp=True),
     "gpt2": replace(_CLASSIC, learned=0, kept_mlp=5, scores=(1, 0), moved_hidden=(14, 0), moved_mlp=(18, 0)),
     "gpt_neox": replace(_CLASSIC, kept_hidden=(6, 0), kept_mlp=2, joined=True, moved_hidden=(25, 0)),

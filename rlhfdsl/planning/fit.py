@@ -101,7 +101,7 @@ def _place(
         if n.shares is not None:  # with the micro batches of its engine its numbers are those of the frozen base
             n = replace(n, micro=next(p.micro for p in placed if p.need.name == n.shares))
         used = states[n.shares or n.name]
-        placed.append(_settle(n, *stages[n.name], states[n.name], used, averages[n.name], free, scores))
+        placed.append(_settle(n, *stages[n.name], states[n.name], used, averages[n.name], free, scores, target.device))
     generate = None if rollout is None else rollout.per_rank if sampling is None else sampling.rows
     kept = 0 if sampling is None else sampling.kept
     if resident is None:
@@ -161,12 +161,14 @@ def _states(need: Need, zero: int, target: Target) -> memory.States | None:
     )  # fmt: skip
 
 
-def _working(need: Need, zero: int, states: memory.States, checkpointing: bool, micro: int, train: bool) -> int:
+def _working(
+    need: Need, zero: int, states: memory.States, device: str, checkpointing: bool, micro: int, train: bool
+) -> int:
     """Bytes of one micro batch in the phase `train` or `score`, with what the phase needs beside activations."""
     assert need.shape is not None
     used = memory.activations(
         need.shape, sequences=micro * need.sequences, length=need.length, dtype=need.dtype, trains=train,
-        checkpointing=checkpointing, head=need.head, eager=need.eager, lora=need.lora,
+        checkpointing=checkpointing, head=need.head, eager=need.eager, device=device, lora=need.lora,
     )  # fmt: skip
     used += memory.gathered(states, dtype=need.dtype, zero=zero, live=need.live)
     if train:
@@ -177,7 +179,7 @@ def _working(need: Need, zero: int, states: memory.States, checkpointing: bool, 
 
 def _settle(
     need: Need, zero: int, reason: str, states: memory.States | None, used_states: memory.States | None,
-    average: int, room: int | None, scores: bool,
+    average: int, room: int | None, scores: bool, device: str,
 ) -> Placement:  # fmt: skip
     """Checkpointing and micro batch of one engine with `room` bytes beside all that stays, None for unknown.
 
@@ -186,7 +188,9 @@ def _settle(
     by_tokens = need.micro or largest_divisor(need.per_rank, token_limit(room) // need.tokens)
 
     def used(checkpointing: bool, micro: int) -> int | None:
-        return None if used_states is None else _working(need, zero, used_states, checkpointing, micro, need.trains)
+        if used_states is None:
+            return None
+        return _working(need, zero, used_states, device, checkpointing, micro, need.trains)
 
     def fits(checkpointing: bool, micro: int) -> bool:
         bytes_used = used(checkpointing, micro)
@@ -200,9 +204,9 @@ def _settle(
     working = {}
     if used_states is not None:
         if scores:
-            working["score"] = _working(need, zero, used_states, False, micro, False)
+            working["score"] = _working(need, zero, used_states, device, False, micro, False)
         if need.trains:
-            working["train"] = _working(need, zero, used_states, checkpointing, micro, True)
+            working["train"] = _working(need, zero, used_states, device, checkpointing, micro, True)
     offload = need.offload or "off"
     return Placement(need, zero, offload, reason, checkpointing, micro, states, average, room, working)
 

@@ -17,7 +17,7 @@ from rlhfdsl.planning.deepspeed_config import LIVE, bucket_size
 from rlhfdsl.planning.families import FAMILIES, Family
 
 USABLE = 0.9  # the share of a device that a plan may fill
-CHUNK = 1 << 26  # bytes of fp32 logits at once, as in training/losses.py
+CHUNK = 1 << 26  # bytes of fp32 logits at once on a CPU, as in training/losses.py
 DRAW = 36  # for each logit: fp32 scores three times, three int64 of the hash behind the noise (rollout/sampling.py)
 COLUMNS, PREFILL = 64, 32_768  # of the graph rollout, as in engines/rollout/graph.py
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -121,9 +121,9 @@ def buckets(count: int, *, dtype: str, zero: int, elements: int | None = None) -
 def layer_tokens(s: Shape, length: int, dtype: str, eager: bool, lora: Lora | None = None) -> int:
     """Bytes that one layer keeps for the backward pass of each token of sequences of `length`.
 
-    With e bytes for an element: 4 e for each element of the queries' width (queries, keys and values at their full
-    width after rotation, the attention's result), what the family's norms and MLP keep (families.py), and either
-    eager attention's scores or the additive mask that scaled-dot-product attention makes.
+    With e bytes for an element: e for each of the queries, the keys (both after rotation), the values and the
+    attention's result, and what the family's norms and MLP keep (families.py). Eager attention keeps keys and values
+    repeated to the queries' width, and its scores; other attention has no mask (engines/passes.py).
     """
     e = BYTES[dtype]
     family = FAMILIES.get(s.type, FAMILIES["llama"])
@@ -131,9 +131,10 @@ def layer_tokens(s: Shape, length: int, dtype: str, eager: bool, lora: Lora | No
     def bytes_of(pair: tuple[int, int]) -> int:
         return pair[0] * e + pair[1]
 
-    kept = 4 * e * s.q_width + bytes_of(family.kept_hidden) * s.hidden + family.kept_mlp * e * s.intermediate
-    kept += bytes_of(family.kept_heads) * (s.q_width + s.kv_width) + family.kept_kv * e * s.kv_width
-    kept += s.heads * length * bytes_of(family.scores) if eager else length * e
+    kept = 2 * e * (s.q_width + (s.q_width if eager else s.kv_width))
+    kept += bytes_of(family.kept_hidden) * s.hidden + family.kept_mlp * e * s.intermediate
+    kept += bytes_of(family.kept_heads) * (s.q_width + s.kv_width)
+    kept += s.heads * length * bytes_of(family.scores) if eager else 0
     return kept if lora is None or lora.layers is None else kept + _beside_frozen(s, family, lora, e)
 
 
@@ -165,6 +166,7 @@ def activations(
     checkpointing: bool,
     head: str,
     eager: bool,
+    device: str,
     lora: Lora | None = None,
 ) -> int:
     """Bytes that one micro batch of `sequences` x `length` tokens holds at its peak, besides model states.
@@ -173,7 +175,7 @@ def activations(
     a time is whole. Without training one layer's set is the peak.
 
     The output of a causal model adds, for each token, vocab x e: the logits; to train as much again, their gradient.
-    The loss makes its fp32 copy in chunks of CHUNK bytes, of which three live at once.
+    On a CPU the loss makes its fp32 copy in chunks of CHUNK bytes, of which three live at once.
     """
     e, tokens = BYTES[dtype], sequences * length
     layer = layer_tokens(s, length, dtype, eager, lora if trains else None)
@@ -186,7 +188,8 @@ def activations(
     if head == "scalar":
         return tokens * kept
     output = s.vocab * e * (2 if trains else 1)
-    return tokens * (kept + output) + 3 * min(CHUNK, 4 * tokens * s.vocab)
+    chunks = 3 * min(CHUNK, 4 * tokens * s.vocab) if device == "cpu" else 0
+    return tokens * (kept + output) + chunks
 
 
 def kv_cache(s: Shape, *, sequences: int, length: int, dtype: str) -> int:
@@ -200,14 +203,16 @@ def generation(
     """(cache, all) bytes of sampling `rows` sequences at once, from `prompt` tokens to `length`.
 
     With `generate` the cache grows by joining each step's keys and values to it, which holds one layer twice; beside
-    it comes the larger of one layer's set over the prompts and a draw over the vocabulary: the logits twice, DRAW
-    bytes more. With `graph` the cache has room for every sequence's `length` from the start (in columns of COLUMNS),
-    prompts are read PREFILL tokens at a time, and a draw reads the logits once.
+    it comes the larger of one layer's set over the prompts and a draw over the vocabulary: the logits twice, DRAW bytes
+    more. Left-padded prompts have an additive mask, beside which keys and values are repeated to the queries' width.
+    With `graph` the cache has room for every sequence's `length` from the start (in columns of COLUMNS), prompts are
+    read PREFILL tokens at a time, and a draw reads the logits once.
     """
     if not graph:
         cache = kv_cache(s, sequences=rows, length=length, dtype=dtype)
         cache += cache // s.layers
-        prefill = rows * prompt * layer_tokens(s, prompt, dtype, eager)
+        masked = 0 if eager else BYTES[dtype] * (prompt + 2 * (s.q_width - s.kv_width))
+        prefill = rows * prompt * (layer_tokens(s, prompt, dtype, eager) + masked)
         draw = rows * s.vocab * (2 * BYTES[dtype] + DRAW)
         return cache, cache + max(prefill, draw)
     cache = kv_cache(s, sequences=rows, length=-(-length // COLUMNS) * COLUMNS, dtype=dtype)

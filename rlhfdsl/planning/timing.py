@@ -21,6 +21,9 @@ from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 
 GRAPH_LAYER = 0.055e-3  # seconds: of a captured decode step, a layer's beyond its bytes (H100: OPT-1.3B at 16 to 256)
 ADAPTER = 0.14  # of the launches of a layer, for each adapter in it (OPT and Llama under peft, counted in CPU time)
+# Forward passes of launches that torch's checkpointing of a layer costs the host beside the one that it repeats, by its
+# hooks at every tensor (CPU time of small layers of OPT and Llama, with and without adapters: 3.9 to 5.5).
+CHECKPOINT = 4
 REDUCE, HOP = 6.6e-6, 0.6e-6  # seconds: of a small sum over devices on NVLink (NCCL's tuning.cc: ring, LL)
 # Seconds of ZeRO 3's hooks for each parameter tensor in each pass, on the host of an H100: one update of OPT-1.3B (388
 # tensors, 4 micro batches, forward and backward) took 1.81 s there, of which 0.06 s are its step.
@@ -169,22 +172,20 @@ class _Clock:
         if need.lora is not None:
             layer += forwards * traffic.adapters(need.lora, need.dtype, backward=False)
             layer += traffic.adapters(need.lora, need.dtype, backward=True) * train
-        loss = (traffic.LOSS + traffic.LOSS_BACKWARD * train) * self.shape.vocab if self.causal else 0
-        return self.shape.layers * layer + said * loss
+        moved = self.shape.layers * layer
+        if self.causal:
+            moved += said * self.shape.vocab * traffic.loss(self.target.device, need.dtype, backward=False)
+            moved += said * self.shape.vocab * traffic.loss(self.target.device, need.dtype, backward=True) * train
+        return moved
 
     def summed(self, train: bool) -> float:
         """Bytes of adding a micro batch's gradients to their sums."""
-        if not train:
-            return 0.0
-        dtype, owned = self.placed.need.dtype, 1
-        all_ = traffic.BELOW_TWO[dtype]
-        if self.placed.zero >= 2:
-            owned, all_ = self.target.world, traffic.BUCKET * self.width
-        return (traffic.SUMS[dtype] / owned + all_) * self.learns
+        return traffic.sums(self.placed.need.dtype, self.placed.zero, self.target.world) * self.learns * train
 
     def host(self, products: int, forwards: int, train: bool) -> float:
         """Seconds in which the host launches a micro batch."""
         out = products * self.layers * self.rates.forward
+        out += (forwards - 1) * CHECKPOINT * self.shape.layers * self.rates.forward
         if self.placed.zero == 3:
             out += (forwards + train) * traffic.tensors(self.shape, not self.causal) * HOOKS
         return out + traffic.SUM_LAUNCHES * self.trained_tensors * self.launch * train

@@ -13,13 +13,17 @@ from rlhfdsl.planning.memory import BYTES
 
 BACKWARD = 2.1  # times what the forward pass of a layer moves: 1.7 (GPT-2) to 2.5 (Gemma 3), counted
 SCORES = 40  # bytes for each score of eager attention
-# Bytes for each logit. Forward: gathered (4), to fp32 (6), log-softmax (12, it reads
+# Bytes for each logit on a CPU, in chunks. Forward: gathered (4), to fp32 (6), log-softmax (12, it reads
 # twice), exp (8), clamped (8), product and sum (16). Backward: gathered (4), to fp32 (6), norm
 # taken off (8), exp (8), scaled (8), to 16 bits (6), put in its row (4), zeros (2).
-LOSS, LOSS_BACKWARD = 54, 46
+CHUNKED, CHUNKED_BACKWARD = 54, 46
+# Elements for each logit in the kernels of a GPU (training/kernels.py). Forward: read. Backward: zeros, read, written.
+FUSED, FUSED_BACKWARD = 1, 3
 # Bytes for each parameter and micro batch. Of what a device owns: a gradient added to its sum, from 16 bits by way of a
-# copy in fp32 (6). Of all below stage 2: autograd's sum in 16 bits (6) over zeros (2), which in fp32 is the sum itself.
+# copy in fp32 (6), but for bf16 at stage 1 (engines/gradients.py). Of all below stage 2: autograd's sum in 16 bits (6)
+# over zeros (2), which in fp32 is the sum itself.
 SUMS, BELOW_TWO = {"bf16": 18, "fp16": 18, "fp32": 12}, {"bf16": 8, "fp16": 8, "fp32": 0}
+AT_ONCE = 10
 BUCKET = 4  # elements from stage 2 on: put into a bucket and divided there
 # Bytes for each parameter and step: norm (4), clipping (8), AdamW (16 read, 12 written); in 16 bits weights back (6).
 STEP = {"bf16": 46, "fp16": 46, "fp32": 40}
@@ -42,6 +46,20 @@ def layer(s: Shape, length: float, dtype: str, eager: bool) -> float:
     moved = of(family.moved_hidden, s.hidden) + of(family.moved_heads, s.q_width + s.kv_width)
     moved += of(family.moved_mlp, s.intermediate)
     return moved + (SCORES * s.heads * length if eager else 0)
+
+
+def loss(device: str, dtype: str, backward: bool) -> int:
+    """Bytes that the token statistics of one logit move, forwards or backwards."""
+    if device == "cuda":
+        return BYTES[dtype] * (FUSED_BACKWARD if backward else FUSED)
+    return CHUNKED_BACKWARD if backward else CHUNKED
+
+
+def sums(dtype: str, zero: int, world: int) -> float:
+    """Bytes for each parameter that trains, of adding a micro batch's gradient to its sum."""
+    if zero >= 2:
+        return SUMS[dtype] / world + BUCKET * BYTES[dtype]
+    return (AT_ONCE if zero == 1 and dtype == "bf16" else SUMS[dtype]) + BELOW_TWO[dtype]
 
 
 def adapters(lora: Lora, dtype: str, backward: bool) -> float:

@@ -179,7 +179,7 @@ def test_a_training_step_by_hand():
     inputs, outputs = 5 * 2048 + 8192, 5 * 2048 + 8192
     layer = (2 + 2.1) * 2 * (16 * 2048 + 2 * 8192)
     layer += 2 * 2 * (inputs + 6 * outputs) + 2 * (5 * inputs + 4 * outputs)  # two forward passes and one backward
-    moved = tokens * (24 * layer + 50272 * 100) + (18 + 8 + 46 + 16) * count
+    moved = tokens * (24 * layer + 50272 * 2 * (1 + 3)) + (10 + 8 + 46 + 16) * count
     launched = 4 * (24 * 6 * 2) * rates.forward / 30  # a step's, for each matrix of an adapter
     placed = fit([need], None, one)
     assert seconds(placed, Supervised(512), one) == {"train": pytest.approx(passes + moved / rates.copy + launched)}

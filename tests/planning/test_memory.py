@@ -72,17 +72,19 @@ SMALL = shape(
 
 
 def test_activations():
-    common = {"sequences": 2, "length": 5, "dtype": "bf16", "head": "scalar", "eager": False}
-    # e 4 q + (4 e + 8) h + 4 e i, and the mask's e for each of 5 positions, for each token and layer
-    layer = 2 * 4 * 8 + (4 * 2 + 8) * 8 + 4 * 2 * 20 + 2 * 5
+    common = {"sequences": 2, "length": 5, "dtype": "bf16", "head": "scalar", "eager": False, "device": "cuda"}
+    # 2 e (q + kv) + (4 e + 8) h + 4 e i for each token and layer
+    layer = 2 * 2 * (8 + 4) + (4 * 2 + 8) * 8 + 4 * 2 * 20
     assert activations(SMALL, **common, trains=True, checkpointing=False) == 10 * 3 * layer
     assert activations(SMALL, **common, trains=True, checkpointing=True) == 10 * (3 * 16 + layer)
     assert activations(SMALL, **common, trains=False, checkpointing=False) == 10 * layer
     eager = activations(SMALL, **{**common, "eager": True}, trains=False, checkpointing=False)
-    assert eager == 10 * (layer - 10 + 2 * 5 * 6)  # heads x length scores, bf16 and fp32
+    # keys and values as wide as queries; heads x length scores, bf16 and fp32
+    assert eager == 10 * (layer + 2 * 2 * (8 - 4) + 2 * 5 * 6)
     causal = activations(SMALL, **{**common, "head": "none"}, trains=True, checkpointing=True)
-    # logits and their gradient in bf16; three fp32 copies for the loss
-    assert causal == 10 * (3 * 16 + layer + 50 * 4) + 3 * 10 * 50 * 4
+    assert causal == 10 * (3 * 16 + layer + 50 * 4)  # logits and their gradient in bf16
+    chunked = activations(SMALL, **{**common, "head": "none", "device": "cpu"}, trains=True, checkpointing=True)
+    assert chunked == causal + 3 * 10 * 50 * 4  # three fp32 copies for the loss
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -101,6 +103,7 @@ def saved(numbers, dtype, eager, rows=2, length=64, lora=None):
     import torch
     from transformers import AutoModelForCausalLM
 
+    from rlhfdsl.engines.passes import without_masks
     from rlhfdsl.models.lora import add_adapters
 
     model = AutoModelForCausalLM.from_config(
@@ -109,6 +112,7 @@ def saved(numbers, dtype, eager, rows=2, length=64, lora=None):
     ).train()  # fmt: skip
     if lora is not None:
         add_adapters(model, lora, seed=0, scalar=False)
+    without_masks(model)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -134,6 +138,9 @@ def test_generation():
     given = {"prompt": 3, "length": 5, "dtype": "bf16", "eager": False}
     grown = cache + cache // 3
     assert generation(SMALL, rows=2, graph=False, **given) == (grown, grown + 2 * 50 * 40)
+    long = generation(SMALL, rows=2, graph=False, **given | {"prompt": 9, "length": 10})
+    # a mask of 9 positions, and keys and values of 8 in place of 4
+    assert long[1] - long[0] == 2 * 9 * (layer_tokens(SMALL, 9, "bf16", False) + 2 * 9 + 2 * 2 * 4)
     assert kv_cache(SMALL, sequences=2, length=5, dtype="bf16") == cache
 
 
