@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import sys
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -56,7 +58,7 @@ def _unname_buffer() -> None:
 
 
 def build_operator() -> None:
-    """Build DeepSpeed's shared-memory operator for the CPU, a minute once on a machine, before the ranks meet.
+    """Build DeepSpeed's shared-memory operator for the CPU, a minute once for each environment, before the ranks meet.
 
     torch marks a build by a file named `lock` and waits for as long as it exists, so a build that was killed makes
     every later start wait without end. Whoever holds the lock here, which the system drops when its holder dies,
@@ -65,11 +67,23 @@ def build_operator() -> None:
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
         return
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_builds()))
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     with (folder.parent / f"{builder.name}.flock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)
+
+
+def own_builds() -> Path:
+    """The folder of what this environment builds.
+
+    torch has one for each user: a second environment would find the first one's paths there and build again, and so
+    would the first after it.
+    """
+    environment = f"{sys.prefix} {torch.__version__} {deepspeed.__version__}"
+    name = f"rlhfdsl-{hashlib.sha256(environment.encode()).hexdigest()[:12]}"
+    return Path(cpp_extension.get_default_build_root(), name)
 
 
 def rank() -> int:

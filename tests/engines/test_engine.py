@@ -238,7 +238,17 @@ def test_a_build_that_was_killed_does_not_block_the_next_start():
 
     from rlhfdsl.engines.distributed import build_operator
 
+    build_operator()
     mark = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
     mark.touch()
     build_operator()  # without the remedy this never returns
     assert not mark.exists()
+
+
+def test_two_environments_do_not_build_in_turns(monkeypatch):
+    from rlhfdsl.engines.distributed import own_builds
+
+    first = own_builds()
+    assert own_builds() == first
+    monkeypatch.setattr("sys.prefix", "/another/environment")
+    assert own_builds() != first and own_builds().parent == first.parent
