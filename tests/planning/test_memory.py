@@ -1,10 +1,9 @@
 """Model states against DeepSpeed's estimators; activations and cache against numbers worked by hand."""
 
 import itertools
-from unittest import mock
 
 import pytest
-from shapes import config_of, tiny
+from shapes import config_of, plain_linear, tiny
 
 from rlhfdsl.planning.catalog import shape
 from rlhfdsl.planning.families import FAMILIES
@@ -125,9 +124,7 @@ def saved(numbers, dtype, eager, rows=2, length=64, lora=None):
     mask = torch.ones(rows, length, dtype=torch.long)
     mask[0, -8:] = 0
     places = {} if numbers["type"] == "bloom" else {"position_ids": torch.arange(length).expand(rows, length)}
-    # An engine at ZeRO 3 leaves a `linear` of its own behind in the process, which keeps other tensors.
-    plain = mock.patch.object(torch.nn.functional, "linear", torch._C._nn.linear)
-    with plain, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with plain_linear(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.base_model(torch.ones_like(mask), attention_mask=mask, use_cache=False, **places)
     return sum(size for size, _ in kept.values()) / (rows * length)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shapes import config_of, tiny
+from shapes import config_of, plain_linear, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -51,7 +51,7 @@ def counted(numbers, dtype, eager, lora=None, rows=2, length=64):
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
     places = {} if numbers["type"] == "bloom" else {"position_ids": torch.arange(length).expand(rows, length)}
     skinny = lora["rank"] if lora else 0
-    with Moved(skinny) as forward:
+    with plain_linear(), Moved(skinny) as forward:
         out = model.base_model(inputs_embeds=inputs, use_cache=False, **places).last_hidden_state
     gradient = torch.ones_like(out)
     with Moved(skinny) as backward:
