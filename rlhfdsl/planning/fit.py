@@ -10,7 +10,7 @@ them; the rest comes and goes:
 
 So a stage fits when in every phase what stays and the largest of what comes and goes are under 90 % of a device. The
 order of decisions, each the first that fits; of those in 1 a later one that is faster by more than a tenth, since what
-barely fits leaves a rollout room for a few sequences at once:
+barely fits leaves a rollout room for a few sequences at once; the first with offload by a quarter:
 
   1. ZeRO of engines that train: 0 for fp32 on one device, 1 for 16-bit on one device, else 1, 2, 3.
      Engines that only infer: 0, and 3 when that does not fit or the actor is at 3.
@@ -34,6 +34,7 @@ from rlhfdsl.planning.layout import Fit, Need, Phase, Placement, Rollout
 TOKENS_KNOWN = 16 * 1024
 TOKENS_UNKNOWN = 4 * 1024
 FASTER = 0.9  # of the time of the layout before it
+FASTER_OFFLOADED = 0.75  # no time with offload was ever measured
 
 
 def fit(
@@ -44,7 +45,7 @@ def fit(
     seconds: predicted for a layout, None where unknown; left out, the first layout that fits is taken.
     """
     chosen: Fit | None = None
-    best = None
+    best, offloaded = None, False
     for train, infer, offload in _levels(needs, target):
         placed = _place(needs, rollout, target, train, infer, offload, "lowest" if chosen is None else "fastest")
         if placed.fits is None:
@@ -53,8 +54,9 @@ def fit(
             last = placed
             continue
         took = None if seconds is None else seconds(placed)
-        if chosen is None or (took is not None and best is not None and took < FASTER * best):
-            chosen, best = placed, took
+        enough = FASTER if offload == "off" or offloaded else FASTER_OFFLOADED
+        if chosen is None or (took is not None and best is not None and took < enough * best):
+            chosen, best, offloaded = placed, took, offload != "off"
         if best is None:
             break
     return chosen or last
