@@ -122,7 +122,7 @@ def test_a_signal_that_comes_twice_asks_once(monkeypatch):
         assert signals.asked == signal.SIGTERM
         monkeypatch.setattr(supervisor, "APART_SECONDS", 0.0)
         with pytest.raises(supervisor.Interrupted, match="at once"):
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave(folder: Path, rank: int, error: Exception, doing: str) -> None:
