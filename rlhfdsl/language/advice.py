@@ -56,8 +56,9 @@ def pull(blocks: Blocks) -> Found:
         kl = stage.blocks.get("kl")
         if kl is not None and kl["coef"] == 0 and kl["target"] is None:
             message = "with `coef = 0` nothing pulls the policy to its start"
-            help = "write for example `coef = 0.05`"
-            yield Diagnostic("W0301", "warning", message, kl.setting("coef").span, help=help)
+            help = "write for example `coef = 0.05`, or a `target`"
+            notes = ("a reward model is right only near what it was trained on",)
+            yield Diagnostic("W0301", "warning", message, kl.setting("coef").span, notes=notes, help=help)
 
 
 def estimators(blocks: Blocks) -> Found:

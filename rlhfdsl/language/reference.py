@@ -61,7 +61,8 @@ def _section(type_: str) -> Iterator[str]:
         yield "Inner blocks:"
         yield ""
     for name, (inner, present) in definition.blocks.items():
-        must = " (required)" if name in definition.required else " (there with its defaults)" if present else ""
+        written = name in definition.required or (present and bool(schema.definition(inner).required))
+        must = " (required)" if written else " (there with its defaults)" if present else ""
         yield f"- `{name}`{must}: {schema.definition(inner).table['description']} See `{inner}`."
 
 

@@ -100,6 +100,9 @@ def _labels() -> dict[tuple[int, str | None], str]:
                     table.setdefault((error.position, None), code)
     return table
 
+_LETTERS = "a name holds the letters a to z and A to Z, digits and `_`; any letter may stand in a text, in quotes"
+_QUOTES = 'write "…", with straight quotes'
+
 
 class Wording:
     """The diagnostics of one text; `problems` grows with each error that is described."""
@@ -243,4 +246,5 @@ class Wording:
             self.add("E0101", f"`{rest[:1]}` cannot stand here", at, at + 1)
         else:
             name = rest[:1] if rest[:1].isprintable() and not rest[:1].isspace() else f"U+{ord(rest[:1]):04X}"
-            self.add("E0110", f"the character {name} has no meaning in a recipe", at, at + 1)
+            advice = _LETTERS if rest[:1].isalpha() else _QUOTES if rest[:1] in set("“”„«»‘’") else None
+            self.add("E0110", f"the character {name} has no meaning in a recipe", at, at + 1, help=advice)

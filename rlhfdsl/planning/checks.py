@@ -50,7 +50,6 @@ CODES = {
     "W0701": "a large share of the rows is in no batch",
     "W0702": "an interval is longer than the run",
     "W0703": "a warm-up rounds to no update",
-    "W0704": "nothing holds the policy near its reference",
     "W0705": "the reference is not what the actor starts from",
     "W0706": "many rows are cut or dropped",
     "W0707": "the weights of a model are pickled",

@@ -125,13 +125,8 @@ def rows_are_whole(problems: Problems, at: str, edges: Mapping[str, Any]) -> Non
 
 
 def held_policy(problems: Problems, at: str, stage: Block, reference: Reference) -> None:
-    """A KL of no weight, and a reference of other weights than the actor's."""
-    kl, actor = stage.blocks["kl"], stage.blocks["actor"]["model"]
-    if kl["coef"] == 0 and kl["target"] is None:
-        problems.report(
-            "W0704", "kl.coef = 0: nothing holds the policy near its reference", f"{at}.kl.coef",
-            notes=["a reward model is right only near what it was trained on"], help="kl.coef = 0.05, or a target",
-        )  # fmt: skip
+    """A reference of other weights than the actor's."""
+    actor = stage.blocks["actor"]["model"]
     if (reference.address, reference.facet) != (actor.address, actor.facet):
         problems.report(
             "W0705", f"the reference is `{reference.address}`, and the actor starts from `{actor.address}`",

@@ -173,3 +173,14 @@ def test_ten_mistakes_are_ten_errors(tmp_path: Path):
     path.write_text(TEN, encoding="utf-8")
     lines = enumerate(TEN.split("\n"), 1)
     assert found(load(path)) == [(n, code) for n, line in lines for code in re.findall(r"E\d{4}", line)]
+
+
+@pytest.mark.parametrize(
+    ("value", "help"),
+    [("“a/b”", 'write "…", with straight quotes'), ("é", "any letter may stand in a text, in quotes")],
+)
+def test_a_strange_character_has_a_way_out(tmp_path, value, help):
+    path = tmp_path / "own.rlhf"
+    path.write_text(f'recipe "own" {{ }}\nmodel base {{ from = {value} }}\n', encoding="utf-8")
+    first = load(path).diagnostics[0]
+    assert first.code == "E0110" and help in first.help
