@@ -5,7 +5,8 @@
     files/…        the recipe with everything that it includes; in a bundle also the local data that the lock pins
     record/…       on request, the metrics and hashes of a run of the bundle
 
-A reader does not believe plan.json: the recipe, the lock and the target must give that plan again.
+A reader does not believe plan.json: the recipe, the lock and the target must give that plan again. Only its estimates
+may be others, since they decide nothing and each version makes better ones.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ LIMIT = 64 << 20  # bytes of local inputs that go into a bundle unless more is a
 _FILES, _RECORD = "files/", "record/"
 _TYPED = re.compile(r"-p \w+|--set( #\d+)?")  # sources that were typed, and stand among the options
 _SHOWN = 6  # differences
+_ESTIMATES = re.compile(r"time\b|stages\[\d+\]\.(memory|time|batch\.why)\b")  # and the reasons that name them
 _TOKEN = re.compile(
     rb"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{30,}|xox[bap]-[\w-]{20,})"
 )
@@ -177,7 +179,8 @@ def check(saved: Saved, recipe: Recipe, base: Path, name: str) -> None:
         why = next(d.message for d in found if d.severity == "error")
         raise other(saved, name, [f"its recipe has an error here: {why}"])
     here, there = dict(_leaves(made)), dict(_leaves(saved.plan))
-    paths = [p for p in dict.fromkeys((*there, *here)) if there.get(p) != here.get(p) and p != "generator"]
+    paths = [p for p in dict.fromkeys((*there, *here)) if there.get(p) != here.get(p)]
+    paths = [p for p in paths if p != "generator" and not _ESTIMATES.match(p)]
     if paths:
         told = [f"{path}: {_value(there.get(path))} there, {_value(here.get(path))} here" for path in paths[:_SHOWN]]
         if len(paths) > _SHOWN:

@@ -182,6 +182,17 @@ def test_a_plan_that_is_not_its_recipes(capsys, bundle, runs, edit, shown):
     assert code == 1 and shown in err and "Traceback" not in err and not runs
 
 
+def test_the_estimates_of_another_version_do_not_matter(capsys, bundle, runs):
+    def otherwise(plan):
+        stage = plan["stages"][0]
+        stage["batch"]["why"], stage["memory"]["phases"] = {}, {}
+        stage["time"] = {"each": {"train": 1.0}, "seconds": 1.0}
+
+    edited(bundle, generator="rlhfdsl 0.2.0", plan=otherwise)
+    code, _, err = rlhf(capsys, "run", bundle)
+    assert code == 0 and runs and "E0752" not in err
+
+
 def test_a_plan_of_another_version_is_refused_with_what_differs(capsys, bundle, runs):
     edited(bundle, generator="rlhfdsl 0.2.0", plan=lambda plan: plan["recipe"].update(seed=6))
     code, _, err = rlhf(capsys, "run", bundle)
