@@ -96,7 +96,7 @@ def progress_note(event: Event) -> str:
             f"{phase} {100 * part / sum(seconds):.0f}%"
             for phase, part in zip(("gen", "score", "train"), seconds, strict=True)
         )
-        return f"reward {event['score']:+.2f}  kl {event['kl']:.2f}  len {event['length']:.0f}  {shares}"
+        return f"reward {event['score']:+.2f}  kl {event['kl']:z.2f}  len {event['length']:.0f}  {shares}"
     note = f"loss {event['loss']:.3f}"
     if "accuracy" in event:
         note += f"  acc {100 * event['accuracy']:.1f}%"
@@ -113,7 +113,7 @@ def evaluation_note(event: Event) -> str:
         elif "eval_perplexity" in value:
             words.append(f"loss {value['eval_loss']:.3f}  perplexity {value['eval_perplexity']:.2f}")
         elif "eval_score" in value:
-            text = f"{label}reward {value['eval_score']:+.3f}  kl {value['eval_kl']:.2f} nats"
+            text = f"{label}reward {value['eval_score']:+.3f}  kl {value['eval_kl']:z.2f} nats"
             if "eval_gain" in value:
                 text += (
                     f"  gain {value['eval_gain']:+.2f} of the first policy's deviations"
