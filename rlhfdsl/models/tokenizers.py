@@ -120,7 +120,11 @@ def _read_tokenizer(source: str, options: dict, named: str | None, at: str | Non
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+            found = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        # what transformers makes of a known model type whose files are missing: any text is unknown to it
+        if set(found.get_vocab()) <= set(found.all_special_tokens):
+            raise ValueError("it has no token but special ones")
+        return found
     except Exception as error:  # the library raises many kinds for a broken or missing file
         refuse_code(f"the tokenizer of `{named or source}`", at, error)
         if not named:

@@ -311,6 +311,10 @@ def test_directories_that_are_no_model(models, tmp_path):
     (m / "model.safetensors").write_bytes(whole)
     error = refused(tmp_path, "models/tiny")
     assert (error.code, error.message) == ("E0854", "`models/tiny` has no tokenizer")
+    # for OPT transformers makes a tokenizer of one special token, to which all texts are alike
+    (m / "config.json").write_text('{"model_type": "opt"}')
+    error = refused(tmp_path, "models/tiny")
+    assert (error.code, error.message) == ("E0854", "`models/tiny` has no tokenizer")
     (m / "tokenizer.json").write_text("{")
     assert refused(tmp_path, "models/tiny").message == "the tokenizer of `models/tiny` cannot be read"
 
