@@ -18,6 +18,7 @@ from rlhfdsl.planning.families import GATED
 
 SIZES = (1, 2, 4, 8)  # shards that `tensor = auto` considers
 
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """The cuts of one model type. column, row: layers, by the end of their path from a dot on.

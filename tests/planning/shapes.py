@@ -59,6 +59,22 @@ def _named(kind: str, n: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def model_of(numbers: dict[str, Any], dtype: str, eager: bool, lora: dict[str, Any] | None) -> Any:
+    """A causal model of these numbers in training mode; lora: with adapters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rlhfdsl.models.lora import add_adapters
+
+    model = AutoModelForCausalLM.from_config(
+        config_of(numbers), dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
+        attn_implementation="eager" if eager else "sdpa",
+    ).train()  # fmt: skip
+    if lora is not None:
+        add_adapters(model, lora, seed=0, scalar=False)
+    return model
+
+
 def plain_linear() -> Any:
     """While open, torch's own `linear`: an engine at ZeRO 3 leaves one of its own behind in the process, which keeps
     other tensors and runs other operators."""

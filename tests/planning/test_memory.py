@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from shapes import config_of, plain_linear, tiny
+from shapes import model_of, plain_linear, tiny
 
 from rlhfdsl.planning.catalog import shape
 from rlhfdsl.planning.families import FAMILIES
@@ -100,17 +100,10 @@ def test_a_layer_keeps_what_autograd_saves(kind, dtype):
 def saved(numbers, dtype, eager, rows=2, length=64, lora=None):
     """Bytes that autograd saves for each token of a forward pass, parameters and buffers apart; lora: with adapters."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from rlhfdsl.engines.passes import without_masks
-    from rlhfdsl.models.lora import add_adapters
 
-    model = AutoModelForCausalLM.from_config(
-        config_of(numbers), dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
-        attn_implementation="eager" if eager else "sdpa",
-    ).train()  # fmt: skip
-    if lora is not None:
-        add_adapters(model, lora, seed=0, scalar=False)
+    model = model_of(numbers, dtype, eager, lora)
     without_masks(model)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}

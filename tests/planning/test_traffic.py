@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shapes import config_of, plain_linear, tiny
+from shapes import config_of, model_of, plain_linear, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -39,14 +39,7 @@ class Moved(TorchDispatchMode):
 
 def counted(numbers, dtype, eager, lora=None, rows=2, length=64):
     """Bytes moved for each token of a forward pass and of its backward pass, products of adapters among them."""
-    from rlhfdsl.models.lora import add_adapters
-
-    model = AutoModelForCausalLM.from_config(
-        config_of(numbers), dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
-        attn_implementation="eager" if eager else "sdpa",
-    ).train()  # fmt: skip
-    if lora is not None:
-        add_adapters(model, lora, seed=0, scalar=False)
+    model = model_of(numbers, dtype, eager, lora)
     ids = torch.ones(rows, length, dtype=torch.long)
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
     places = {} if numbers["type"] == "bloom" else {"position_ids": torch.arange(length).expand(rows, length)}
