@@ -161,7 +161,7 @@ def _random_weights(plan: dict[str, Any], base: Path, device: Any) -> None:
             torch.manual_seed(zlib.crc32(source.encode()))  # an actor and its reference are one model
             with torch.device(device):
                 model = self.auto.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-            return model, {"missing_keys": self.missing}
+            return model, {"missing_keys": self.missing, "mismatched_keys": []}
 
     class Configs:
         from_pretrained = staticmethod(config)
