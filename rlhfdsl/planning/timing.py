@@ -279,7 +279,8 @@ def assumptions(target: Target, dtypes: Mapping[str, None]) -> list[str]:
         out.append(f"{speed} ({rates.origin})")
         if len(out) == 1:
             out.append(
-                f"a decode step takes at least {rates.decode * 1e3:.2f} ms for each layer, a forward pass "
-                f"{rates.forward * 1e3:.2f} ms"
+                f"for each layer a forward pass takes at least {rates.forward * 1e3:.2f} ms, a decode step of "
+                f"`generate` {rates.decode * 1e3:.2f} ms, and a captured one {GRAPH_LAYER * 1e3:.3f} ms "
+                "beside its bytes"
             )
     return out
