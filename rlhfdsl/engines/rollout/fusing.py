@@ -1,8 +1,9 @@
 """Fewer kernels for a decode step, over the same weights and for the time of a capture only.
 
-A decode step is a few hundred small kernels. Norms and rotary embeddings are compiled by torch into one kernel each.
-Projections of one input whose weights lie side by side in memory (as ZeRO's flat buffers lay them: queries, keys and
-values; gate and up) are one product over a view of all of them.
+A decode step is a few hundred small kernels. Projections of one input whose weights lie side by side in memory (as
+ZeRO's flat buffers lay them: queries, keys and values; gate and up) are one product over a view of all of them. A
+product of few rows takes its activation and the sum with the residual along. Norms are one kernel each, of our own or
+compiled by torch, as rotary embeddings are.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from rlhfdsl.engines.rollout.peephole import Peephole
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ROTARY = "apply_rotary_pos_emb"  # the name that every rotary family of transformers gives it
@@ -42,7 +46,7 @@ class Product:
 
 @contextlib.contextmanager
 def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
-    """While open, the model's forward launches fewer kernels. compiled: norms and rotary embeddings too."""
+    """While open, the model's forward launches fewer kernels. compiled: also those that need a compiler."""
     restore: list[Callable[[], None]] = []
 
     def patch(holder: object, name: str, value: object, own: bool) -> None:
@@ -54,17 +58,54 @@ def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
         for product in products(model):
             for layer in product.layers:
                 patch(layer, "forward", partial(product.part, layer), False)
-        if compiled:
-            for module in model.modules():
-                if type(module).__name__.endswith("Norm") and not list(module.children()):
-                    patch(module, "forward", partial(_compiled(type(module).forward), module), False)
-            for place in {sys.modules[type(module).__module__] for module in model.modules()}:
-                if hasattr(place, ROTARY):
-                    patch(place, ROTARY, _compiled(getattr(place, ROTARY)), True)
-        yield
+        if not compiled:
+            yield
+            return
+        from rlhfdsl.engines.rollout import dense
+
+        mode = Peephole(dense)
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm") and not list(module.children()):
+                forward = _norm(module, mode)
+                if forward is not None:
+                    patch(module, "forward", forward, False)
+        for place in {sys.modules[type(module).__module__] for module in model.modules()}:
+            if hasattr(place, ROTARY):
+                patch(place, ROTARY, partial(_call, mode, _compiled(getattr(place, ROTARY))), True)
+        with mode:
+            yield
     finally:
         for undo in reversed(restore):
             undo()
+
+
+def _norm(module: nn.Module, mode: Peephole) -> Callable[..., torch.Tensor] | None:
+    """Another forward of a norm: our kernel where it gives the same, else its own compiled. None: the mode has it."""
+    from rlhfdsl.engines.rollout import dense
+
+    weight = getattr(module, "weight", None)
+    if weight is not None and dense.takes_norm(weight, weight):
+        if type(module) is nn.LayerNorm:
+            return None
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if isinstance(eps, float) and _same(module, partial(dense.rms_norm, weight=weight, eps=eps)):
+            return partial(_call, mode, partial(dense.rms_norm, weight=weight, eps=eps))
+    return partial(_call, mode, partial(_compiled(type(module).forward), module))
+
+
+def _same(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether a function does what a norm does, but for the last bits of its type."""
+    weight = module.weight
+    x = torch.linspace(-3, 5, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(2, -1)
+    expected = module(x)
+    return torch.allclose(forward(x), expected, rtol=2 * torch.finfo(weight.dtype).eps, atol=0.0)
+
+
+def _call(mode: Peephole, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call what is no business of the mode, with arguments that are computed."""
+    mode.flush()
+    with torch._C.DisableTorchFunction():
+        return function(*args, **kwargs)
 
 
 @cache

@@ -1,0 +1,91 @@
+"""Products and norms of a decode step on a CUDA device, beside torch in fp32."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": torch.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+@pytest.fixture
+def dense():
+    from rlhfdsl.engines.rollout import dense
+
+    return dense
+
+
+def random(*shape, dtype):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 1040, 256), (16, 2048, 8192), (17, 8200, 2048), (32, 50272, 512)])
+@pytest.mark.parametrize("more", [False, True])
+def test_products(dense, rows, n, k, activation, more, dtype):
+    x, weight = random(rows, 1, k, dtype=dtype), random(n, k, dtype=dtype) * k**-0.5
+    bias, added = (random(n, dtype=dtype), random(rows, 1, n, dtype=dtype)) if more else (None, None)
+    assert dense.takes_product(x, weight, bias)
+    out = torch.full((rows, 1, n), torch.nan, dtype=dtype, device="cuda")
+    dense.product(x, weight, bias, activation, added, out)
+    expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    expected = ACTIVATIONS[activation](expected)
+    expected = (expected if added is None else expected + added).to(dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, atol=eps, rtol=eps)  # the last bit
+
+
+@pytest.mark.parametrize("width", [64, 100, 2048, 14336])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms(dense, width, dtype):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, weight, bias = 3 * random(5, 1, width, dtype=dtype) + 1, random(width, dtype=dtype), random(width, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    for b in (bias, None):
+        expected = functional.layer_norm(x, (width,), weight, b, 1e-5)
+        torch.testing.assert_close(dense.layer_norm(x, weight, b, 1e-5), expected, atol=2 * eps, rtol=2 * eps)
+    module = LlamaRMSNorm(width).to("cuda", dtype)
+    module.weight.data.copy_(weight)
+    torch.testing.assert_close(dense.rms_norm(x, weight, 1e-6), module(x), atol=0, rtol=2 * eps)
+
+
+def test_a_chain_of_early_launches_is_in_order(dense):
+    """Each product reads what the one before wrote, in a captured graph as in a decode step."""
+    weights = [random(2048, 2048, dtype=torch.bfloat16) * 2048**-0.5 for _ in range(20)]
+    bias = random(2048, dtype=torch.bfloat16)
+    x = random(16, 2048, dtype=torch.bfloat16)
+    outs = [torch.empty_like(x) for _ in weights]
+
+    def chain():
+        last = x
+        for weight, out in zip(weights, outs, strict=True):
+            dense.product(dense.layer_norm(last, bias, bias, 1e-5), weight, bias, "relu", last, out)
+            last = out
+
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for _ in range(20):
+        x.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        found = [out.clone() for out in outs]
+        last = x
+        for weight, out in zip(weights, found, strict=True):
+            expected = torch.empty_like(x)
+            normed = dense.layer_norm(last, bias, bias, 1e-5)
+            torch.cuda.synchronize()
+            dense.product(normed, weight, bias, "relu", last, expected)
+            torch.cuda.synchronize()
+            assert torch.equal(out, expected)
+            last = out

@@ -1,0 +1,141 @@
+"""Products that wait for what follows them, with a slow computer of products in place of the kernels."""
+
+import pytest
+import torch
+from rollouts import TYPES, tiny_model
+from torch import distributed, nn
+from torch.nn import functional
+
+from rlhfdsl.engines.rollout.peephole import Peephole
+
+
+class Slow:
+    """Computes in torch and notes what it was asked for."""
+
+    functions = {"relu": torch.relu, "silu": functional.silu, "gelu": functional.gelu}
+
+    def __init__(self):
+        self.calls = []
+
+    def takes_product(self, x, weight, bias):
+        return True
+
+    def takes_norm(self, x, weight):
+        return True
+
+    def product(self, x, weight, bias, activation, added, out):
+        self.calls.append((activation, added is not None))
+        value = functional.linear(x, weight, bias)
+        if activation == "gelu_tanh":
+            value = functional.gelu(value, approximate="tanh")
+        elif activation is not None:
+            value = self.functions[activation](value)
+        out.copy_(value if added is None else value + added)
+
+    def layer_norm(self, x, weight, bias, eps):
+        self.calls.append("norm")
+        return functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@pytest.fixture
+def slow():
+    return Slow()
+
+
+LAYER, X = nn.Linear(8, 8), torch.arange(24.0).view(3, 8) / 24
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_logits_of_every_type_are_those_of_its_own_forward(name, slow):
+    model = tiny_model(name).eval()
+    ids = torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with Peephole(slow):
+            found = model(ids).logits
+    torch.testing.assert_close(found, expected)
+    assert slow.calls
+
+
+def test_an_opt_layer_is_four_products_and_two_norms(slow):
+    model = tiny_model("opt").eval()
+    layer = model.get_decoder().layers[0]
+    with torch.no_grad(), Peephole(slow):
+        layer(torch.randn(1, 1, model.config.hidden_size))
+    products = [call for call in slow.calls if call != "norm"]
+    assert products[-3:] == [(None, True), ("relu", False), (None, True)] and slow.calls.count("norm") == 2
+
+
+@torch.no_grad()
+def test_what_follows_goes_along_and_what_does_not_is_not_taken(slow):
+    with Peephole(slow):
+        out = X + functional.relu(LAYER(X))
+    torch.testing.assert_close(out, X + functional.relu(LAYER(X)))
+    assert slow.calls == [("relu", True)]
+    with Peephole(slow):
+        out = functional.relu(LAYER(X) + X)  # an activation after a sum
+        wide = LAYER(X) + X[0]  # a sum that broadcasts
+    torch.testing.assert_close(out, functional.relu(LAYER(X) + X))
+    torch.testing.assert_close(wide, LAYER(X) + X[0])
+    assert slow.calls[1:] == [(None, True), (None, False)]
+
+
+@torch.no_grad()
+def test_an_output_that_is_used_again_is_there(slow):
+    with Peephole(slow):
+        plain = LAYER(X)
+        active = functional.silu(plain)
+        out = active + X
+    torch.testing.assert_close(plain, LAYER(X))
+    torch.testing.assert_close(active, functional.silu(plain))
+    torch.testing.assert_close(out, active + X)
+    with Peephole(slow):
+        plain = LAYER(X)
+        out = functional.gelu(plain, approximate="tanh") + plain
+    torch.testing.assert_close(out, functional.gelu(LAYER(X), approximate="tanh") + LAYER(X))
+
+
+@torch.no_grad()
+def test_operands_that_change_later_are_read_before(slow):
+    with Peephole(slow):
+        residual = X.clone()
+        out = LAYER(X) + residual
+        residual.zero_()
+    torch.testing.assert_close(out, LAYER(X) + X)
+
+
+@torch.no_grad()
+def test_a_view_of_an_output_is_of_the_last(slow):
+    with Peephole(slow):
+        out = LAYER(X)
+        flat = out.view(-1)
+        out = out + X
+    torch.testing.assert_close(flat, LAYER(X).view(-1))
+    torch.testing.assert_close(out, LAYER(X) + X)
+    with Peephole(slow):
+        out = (X + LAYER(X)).reshape(-1)
+    torch.testing.assert_close(out, (X + LAYER(X)).reshape(-1))
+
+
+@torch.no_grad()
+def test_a_sum_over_ranks_is_of_what_was_computed(slow, monkeypatch):
+    seen = []
+    monkeypatch.setattr(distributed.distributed_c10d, "_rank_not_in_group", lambda group: seen.append(list(slow.calls)))
+    monkeypatch.setattr(distributed.distributed_c10d, "_get_default_group", lambda: Group())
+
+    class Group:
+        def allreduce(self, tensors, options):
+            seen.append((list(slow.calls), tensors[0].clone()))
+
+    with Peephole(slow):
+        distributed.all_reduce(LAYER(X), async_op=True)
+    assert seen[-1][0] == [(None, False)]
+    torch.testing.assert_close(seen[-1][1], LAYER(X))
+
+
+@torch.no_grad()
+def test_two_products_in_a_row(slow):
+    with Peephole(slow):
+        out = LAYER(LAYER(X)) + LAYER(X)
+    torch.testing.assert_close(out, LAYER(LAYER(X)) + LAYER(X))
+    assert slow.calls == [(None, False), (None, False), (None, True)]
