@@ -134,9 +134,9 @@ def learn(engine: HybridEngine) -> None:
     engine.step()
 
 
-def judged(engine: HybridEngine, sampler, prompts=PROMPTS) -> parity.Parity:
+def judged(engine: HybridEngine, sampler, prompts=PROMPTS, tokens=24) -> parity.Parity:
     """What the gate says of a sampler beside the engine's weights."""
-    rollout = parity.some_rows(sampled(sampler, prompts), 6)
+    rollout = parity.some_rows(sampled(sampler, prompts, tokens=tokens), 6)
     ids, prompt_lengths, lengths = rollout.right_padded(256)
     mask = answer_mask(prompt_lengths, lengths)
     engine.eval()  # GPT-2's configuration has dropout
