@@ -35,6 +35,9 @@ def join(device_kind: str, timeout: float = 1800.0) -> torch.device:
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # From torch 2.11 on Hopper attends by cuDNN, which plans anew for each shape: a tenth of a second and more at
+        # every update of rows of other lengths. Flash attention takes any shape as it comes.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if not comm.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if device_kind == "cuda" else "gloo", verbose=False,

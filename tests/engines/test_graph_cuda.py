@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rollouts import LORA, PROMPTS, TYPES, judged, learn, same, sampled, tiny
+from torch.nn.attention import SDPBackend
 
 from rlhfdsl.engines.rollout.attention import decode
 from rlhfdsl.engines.rollout.eager import EagerSampler
@@ -58,6 +59,13 @@ def test_in_place_or_gathered_with_adapters_or_without(name, zero, lora):
         same(sampled(graph), sampled(eager), 1e-3)
         learn(engine)
     assert len(graph.captured) == 1
+
+
+def test_attention_takes_each_shape_as_it_comes():
+    on_gpu("llama")  # has joined the ranks
+    query = torch.randn(2, 4, 37, 64, device="cuda", dtype=torch.bfloat16)
+    chosen = torch._fused_sdp_choice(query, query, query, is_causal=True)
+    assert chosen == SDPBackend.FLASH_ATTENTION.value
 
 
 def test_a_released_sampler_captures_again():
