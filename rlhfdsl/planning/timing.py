@@ -19,7 +19,9 @@ from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Placement, Sampling
 from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 
-GRAPH_LAYER = 0.055e-3  # seconds: of a captured decode step, a layer's beyond its bytes (H100: OPT-1.3B at 16 to 256)
+# Seconds of a captured decode step, a layer's beyond its bytes: of up to FEW sequences, whose products are kernels of
+# `engines/rollout/dense.py`, and of more (H100: OPT-1.3B at 16, and at 64 to 256).
+FEW, GRAPH_LAYER_OF_FEW, GRAPH_LAYER = 32, 0.033e-3, 0.055e-3
 ADAPTER = 0.14  # of the launches of a layer, for each adapter in it (OPT and Llama under peft, counted in CPU time)
 # Forward passes of launches that torch's checkpointing of a layer costs the host beside the one that it repeats, by its
 # hooks at every tensor (CPU time of small layers of OPT and Llama, with and without adapters: 3.9 to 5.5).
@@ -246,7 +248,9 @@ class _Clock:
         read = self.width * shards.held(self.shape, self.count, tensor) + cache * (prompt + answer / 2)
         compute = slots * self.flops(prompt + answer / 2, tensor=tensor) / self.rates.matmul
         if sampling.engine == "graph":
-            step = max(read / self.rates.copy, compute) + self.layers * GRAPH_LAYER + self.totals(slots, tensor)
+            few = slots <= FEW and self.placed.need.dtype != "fp32"
+            step = max(read / self.rates.copy, compute) + self.totals(slots, tensor)
+            step += self.layers * (GRAPH_LAYER_OF_FEW if few else GRAPH_LAYER)
             return rounds * (prefill + answer * step) + self.links(train=False)
         step = max(self.layers * self.rates.decode, read / self.rates.copy, compute)
         step += slots * self.shape.vocab * memory.DRAW / self.rates.copy
@@ -281,6 +285,6 @@ def assumptions(target: Target, dtypes: Mapping[str, None]) -> list[str]:
             out.append(
                 f"for each layer a forward pass takes at least {rates.forward * 1e3:.2f} ms, a decode step of "
                 f"`generate` {rates.decode * 1e3:.2f} ms, and a captured one {GRAPH_LAYER * 1e3:.3f} ms "
-                "beside its bytes"
+                f"({GRAPH_LAYER_OF_FEW * 1e3:.3f} ms up to {FEW} sequences) beside its bytes"
             )
     return out

@@ -169,3 +169,18 @@ def test_processes_share_a_measured_cpu():
     assert two.rates("fp32").matmul == 5e10
     assert of_profile(PROFILE, "here.json", "bf16") is None
     assert "measured, here.json" in timing.assumptions(two, {"fp32": None})[0]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_captured_step_of_few_sequences_has_fewer_kernels(dtype):
+    """In 16-bit types, where products take along what follows them."""
+    one = Target("cuda", "h100-80g", 81559 * MIB, 1, 1, "--gpus")
+    found = []
+    for rows in (timing.FEW, timing.FEW + 1):
+        actor = need("actor", "facebook/opt-1.3b", rows, 512, zero=1, micro=1, checkpointing=False, dtype=dtype)
+        placed = fit([actor], Rollout(rows, 256, 512, "graph"), one)
+        assert placed.sampling.rows == rows
+        found.append(seconds(placed, OnPolicy(rows, 256, 256, 1, 1, 0, 512), one)["generate"])
+    saved = 24 * 256 * (timing.GRAPH_LAYER - timing.GRAPH_LAYER_OF_FEW)
+    more = found[1] - found[0]
+    assert more > saved if dtype == "bf16" else more < saved
