@@ -1,6 +1,7 @@
 """Turn a file of rated movie-review snippets into preference pairs.
 
     python prepare.py RATINGS.tsv OUT.jsonl
+    python prepare.py --texts RATINGS.tsv OUT.jsonl   (the cleaned texts alone, without their ratings)
 
 A line of RATINGS.tsv is `id<TAB>mean rating from -4 to 4<TAB>text`. Two snippets make a pair when they begin
 with the same words, so that one prompt asks for both, and their ratings are at least GAP apart; the higher
@@ -91,21 +92,31 @@ def preferences(snippets: list[Snippet]) -> list[dict[str, str]]:
     return rows
 
 
+def write(out: Path, rows: list[dict[str, str]]) -> None:
+    """Write a row a line. SystemExit says what the system objects to."""
+    try:
+        with out.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise SystemExit(f"{out}: {error.strerror}") from None
+
+
 def main() -> None:
-    """Read the ratings, write the pairs, print the counts."""
+    """Read the ratings, write the pairs or the texts, print the counts."""
     parser = argparse.ArgumentParser(description="Turn rated movie-review snippets into preference pairs.")
     parser.add_argument("ratings", type=Path, metavar="RATINGS.tsv")
     parser.add_argument("out", type=Path, metavar="OUT.jsonl")
+    parser.add_argument("--texts", action="store_true", help="write the texts alone, as rows of the format text")
     arguments = parser.parse_args()
     snippets = read(arguments.ratings)
+    if arguments.texts:
+        write(arguments.out, [{"text": text} for _, text in snippets])
+        print(f"{arguments.out}: {len(snippets)} texts")
+        return
     rows = preferences(snippets)
     if not rows:
         raise SystemExit(f"{arguments.ratings}: no two snippets begin alike and differ by {GAP} in rating")
-    try:
-        with arguments.out.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except OSError as error:
-        raise SystemExit(f"{arguments.out}: {error.strerror}") from None
+    write(arguments.out, rows)
     prompts = Counter(row["prompt"] for row in rows)
     most = max(prompts.values())
     print(f"{arguments.out}: {len(rows)} pairs of {len(snippets)} snippets, {len(prompts)} prompts")

@@ -23,8 +23,8 @@ RATINGS = [
 ]
 
 
-def prepare(ratings: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, ratings, out], capture_output=True, text=True, timeout=60)
+def prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture
@@ -54,6 +54,15 @@ def test_pairs(ratings: Path, tmp_path: Path) -> None:
     }
     assert "4 pairs of 9 snippets, 2 prompts" in done.stdout
     assert "3 pairs (75.0%)" in done.stdout
+
+
+def test_texts_alone(ratings: Path, tmp_path: Path) -> None:
+    out = tmp_path / "texts.jsonl"
+    done = prepare("--texts", ratings, out)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert rows[0] == {"text": 'The film is a joy, from "hello" to the end.'}
+    assert len(rows) == 9 and "9 texts" in done.stdout  # all but the one of more than 240 characters
 
 
 def test_same_output_for_same_input(ratings: Path, tmp_path: Path) -> None:
