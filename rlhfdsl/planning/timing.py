@@ -248,7 +248,8 @@ class _Clock:
         read = self.width * shards.held(self.shape, self.count, tensor) + cache * (prompt + answer / 2)
         compute = slots * self.flops(prompt + answer / 2, tensor=tensor) / self.rates.matmul
         if sampling.engine == "graph":
-            few = slots <= FEW and self.placed.need.dtype != "fp32"
+            need = self.placed.need
+            few = slots <= FEW and need.dtype != "fp32" and need.lora is None  # adapters come between products
             step = max(read / self.rates.copy, compute) + self.totals(slots, tensor)
             step += self.layers * (GRAPH_LAYER_OF_FEW if few else GRAPH_LAYER)
             return rounds * (prefill + answer * step) + self.links(train=False)
