@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlhfdsl.engines import gradients, passes
+from rlhfdsl.engines.resting import Resting
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.inputs import forward_inputs, takes
@@ -44,6 +45,18 @@ class Engine:
             self.deepspeed.clip_fp32_gradients = self._clip
         if not spec["trains"]:
             self.deepspeed.eval()
+        self.resting = Resting(self.module) if spec["offload"] == "idle" else None
+        self.rest()
+
+    def rest(self) -> None:
+        """Leave the device until the next forward, where the plan says so of an engine that is not in use."""
+        if self.resting is not None:
+            self.resting.rest()
+
+    def wake(self) -> None:
+        """Be on the device."""
+        if self.resting is not None:
+            self.resting.wake()
 
     @property
     def module(self) -> nn.Module:
@@ -147,6 +160,7 @@ class PolicyEngine(Engine):
         The output matrix is not applied to the columns before it, where the model's class can leave them out.
         """
         self.pulse(f"{self.name}: forward")
+        self.wake()
         inputs = forward_inputs(self.module, ids, lengths)
         if first and takes(type(self.module), "logits_to_keep"):
             return self.deepspeed(**inputs, logits_to_keep=ids.shape[1] - first).logits
@@ -178,6 +192,9 @@ class BasePolicy:
     def eval(self) -> None:
         self.engine.eval()
 
+    def rest(self) -> None:
+        """Nothing: its weights are the engine's."""
+
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, lengths: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Logits [B, T - first, V] of the base for right-padded `ids` [B, T], of the columns from `first` on."""
@@ -191,6 +208,7 @@ class ScalarEngine(Engine):
     def scalars(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """fp32 [B, T] for right-padded `ids` [B, T]; entry t has read tokens 0 to t."""
         self.pulse(f"{self.name}: forward")
+        self.wake()
         return self.deepspeed(ids, lengths)
 
     def scores(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

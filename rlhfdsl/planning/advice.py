@@ -14,6 +14,7 @@ from rlhfdsl.planning.timing import Work
 
 MOST_GPUS = 64  # times as many as asked for
 RANK = 16
+_OF_FROZEN = {"both": "params", "idle": "idle"}  # what an offload means for an engine that does not train; else off
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,11 @@ def _steps(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Ne
         )
     if target.device == "cpu":
         return
+    if any(n.name == "actor" for n in needs) and any(not n.trains and n.shares is None for n in needs):
+        yield (
+            "offload = idle, gradient_checkpointing = on, micro = auto",
+            [_with(need, None, "idle", True) for need in free],
+        )
     for zero, offload in ((2, "optimizer"), (3, "optimizer"), (3, "both")):
         yield (
             f"zero = {zero}, offload = {offload}, gradient_checkpointing = on, micro = auto",
@@ -118,10 +124,10 @@ def _with(need: Need, zero: int | None, offload: str | None, checkpointing: bool
     """An engine under the settings of a `parallel` block; one that infers shards its weights at stage 3 only."""
     stage = need.zero if zero is None else max(zero, need.zero or 0)
     if not need.trains:
-        moved = need.offload if offload is None else "params" if offload == "both" else "off"
+        moved = need.offload if offload is None else _OF_FROZEN.get(offload, "off")
         return replace(need, zero=3 if stage == 3 else need.zero, offload=moved)
     return replace(
-        need, zero=stage, offload=offload or need.offload,
+        need, zero=stage, offload=need.offload if offload in (None, "idle") else offload,
         checkpointing=need.checkpointing if checkpointing is None else checkpointing,
     )  # fmt: skip
 
@@ -132,15 +138,19 @@ def _grid(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Nee
     stages = (lowest,) if target.world == 1 else (lowest, 2, 3)
     layouts: list[tuple[int, str]] = [(zero, "off") for zero in stages]
     if target.device == "cuda":
+        layouts += [(zero, "idle") for zero in stages if zero < 3 and any(n.name == "actor" for n in needs)]
         layouts += [(2, "optimizer"), (3, "optimizer"), (3, "both")]
     for zero, offload in layouts:
         for checkpointing in (False, True):
             for shared in (False, True) if target.world > 1 and zero < 3 else (zero == 3 and target.world > 1,):
                 variant = [
-                    replace(n, zero=zero, offload=offload, checkpointing=checkpointing, micro=None) if n.trains
+                    replace(
+                        n, zero=zero, offload="off" if offload == "idle" else offload, checkpointing=checkpointing,
+                        micro=None,
+                    ) if n.trains
                     else replace(
                         n, zero=3 if shared or offload == "both" else 0,
-                        offload="params" if offload == "both" else "off", micro=None,
+                        offload="off" if shared and offload == "idle" else _OF_FROZEN.get(offload, "off"), micro=None,
                     )
                     for n in needs
                 ]  # fmt: skip

@@ -95,17 +95,24 @@ def engine(problems: Problems, where: Target, model: Model, part: Part) -> None:
         )  # fmt: skip
     group = part.group
     parallel = group["parallel"] if group is not None else None
-    if parallel is None or not part.trains:
+    if parallel is None:
         return
     block = problems.recipe.blocks[parallel.address]
     zero, offload = block["zero"], block["offload"] or "off"
+    if offload == "idle" and zero == 3:
+        problems.report(
+            "E0711", "offload = idle moves whole weights, and zero is 3", f"{block.address}.offload",
+            also=[(f"{block.address}.zero", "stage 3 keeps them in shards")], help="offload = params, or another stage",
+        )  # fmt: skip
+    if not part.trains:
+        return
     user = [(f"{part.at}.parallel", f"the {part.name} is in {dtype}")]
     if zero == 0 and dtype != "fp32":
         problems.report(
             "E0711", f"ZeRO 0 cannot sum the gradients of {dtype} weights in fp32", f"{block.address}.zero",
             also=user, help="zero = 1, which on one GPU is the same with fp32 sums",
         )  # fmt: skip
-    if block["nvme"] is not None and offload == "off":
+    if block["nvme"] is not None and offload in ("off", "idle"):
         problems.report(
             "E0711", "`nvme` has no effect: nothing is offloaded", f"{block.address}.nvme", help="offload = optimizer"
         )

@@ -14,7 +14,8 @@ barely fits leaves a rollout room for a few sequences at once; the first with of
 
   1. ZeRO of engines that train: 0 for fp32 on one device, 1 for 16-bit on one device, else 1, 2, 3.
      Engines that only infer: 0, and 3 when that does not fit or the actor is at 3.
-     Engines without a `parallel` block: then offload of the optimizer, then of the parameters too.
+     Engines without a `parallel` block: then, in stages that sample, those that only infer rest on the host between
+     their phases; then offload of the optimizer, then of the parameters too.
   2. Checkpointing: off, unless the micro batch of step 3 would not fit without it.
   3. Micro batch: the largest divisor of the sequences of one device and step within the memory left and
      16 Ki tokens (4 Ki where the memory is unknown).
@@ -46,7 +47,7 @@ def fit(
     """
     chosen: Fit | None = None
     best, offloaded = None, False
-    for train, infer, offload in _levels(needs, target):
+    for train, infer, offload in _levels(needs, target, rollout is not None):
         placed = _place(needs, rollout, target, train, infer, offload, "lowest" if chosen is None else "fastest")
         if placed.fits is None:
             return placed
@@ -62,13 +63,16 @@ def fit(
     return chosen or last
 
 
-def _levels(needs: Sequence[Need], target: Target) -> Iterator[tuple[int, int, str]]:
+def _levels(needs: Sequence[Need], target: Target, samples: bool) -> Iterator[tuple[int, int, str]]:
     """(train, infer, offload) to try; what an engine was given stands whatever comes here."""
     if target.world == 1:
         yield 1, 0, "off"
     else:
         for train, infer in ((1, 0), (2, 0), (2, 3), (3, 3)):
             yield train, infer, "off"
+    if target.device == "cuda" and samples and any(n.offload is None and not n.trains for n in needs):
+        for train in (1,) if target.world == 1 else (1, 2):
+            yield train, 0, "idle"
     if target.device == "cuda" and any(need.offload is None for need in needs):
         yield 2, 0, "optimizer"
         yield 3, 3, "optimizer"
@@ -120,8 +124,8 @@ def _place(
 def _offload(need: Need, offload: str) -> str:
     """What an engine without a say moves to the host at a level of `fit`."""
     if need.trains:
-        return offload
-    return "params" if offload == "both" else "off"
+        return "off" if offload == "idle" else offload
+    return {"both": "params", "idle": "idle"}.get(offload, "off")
 
 
 def _stage(need: Need, target: Target, train: int, infer: int, actor: int | None, word: str) -> tuple[int, str]:
@@ -132,6 +136,8 @@ def _stage(need: Need, target: Target, train: int, infer: int, actor: int | None
         return 3, "derived: 3, which offload of the parameters needs"
     if need.nvme is not None and need.trains:
         return 3, "derived: 3, which offload to NVMe needs"
+    if need.offload == "idle":
+        return 0, "derived: 0, whose weights rest on the host"
     if not need.trains:
         if actor == 3:
             return 3, "derived: 3, as the actor"
@@ -173,8 +179,9 @@ def _working(
         checkpointing=checkpointing, head=need.head, eager=need.eager, device=device, lora=need.lora,
     )  # fmt: skip
     used += memory.gathered(states, dtype=need.dtype, zero=zero, live=need.live)
-    if train:
+    if train or states.rests:
         used += states.passing
+    if train:
         used += memory.buckets(need.learns or 0, dtype=need.dtype, zero=zero, elements=need.bucket)
     return used
 
@@ -209,7 +216,7 @@ def _settle(
             working["score"] = _working(need, zero, used_states, device, False, micro, False)
         if need.trains:
             working["train"] = _working(need, zero, used_states, device, checkpointing, micro, True)
-    offload = need.offload or "off"
+    offload = need.offload or "off" if need.shares is None else "off"
     return Placement(need, zero, offload, reason, checkpointing, micro, states, average, room, working)
 
 

@@ -35,6 +35,7 @@ class States:
 
     sums: int = 0  # of the gradients, the fp32 sums that stay from step to step
     disk: int = 0  # of the NVMe drive of each node
+    rests: bool = False  # whether its weights leave the device while it is not in use
 
     @property
     def total(self) -> int:
@@ -47,8 +48,8 @@ class States:
 
     @property
     def passing(self) -> int:
-        """What lives from the first backward of a step to its end."""
-        return self.gradients - self.sums
+        """What comes and goes with the engine's use: gradients from the first backward of a step to its end."""
+        return self.total if self.rests else self.gradients - self.sums
 
 
 def states(
@@ -72,6 +73,8 @@ def states(
     half = width == 2
     gathered = 2 * width * largest
     if not trains:
+        if zero < 3 and offload == "idle":  # each device of a node has its copy on the host
+            return States(count, width * count, 0, 0, width * count * gpus, rests=True)
         if zero < 3:
             return States(count, width * count, 0, 0, 0)
         if offload in ("params", "both"):

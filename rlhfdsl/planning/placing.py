@@ -103,7 +103,7 @@ def place(scope: Scope, at: str, parts: Sequence[Part], rollout: Rollout | None,
         if not scope.fit and micro is not None and parallel is not None and part.per_rank % micro:
             checks.micro(scope.problems, f"{parallel.address}.micro", part, micro)
             return None
-        needs.append(_need(scope, part, parallel, micro))
+        needs.append(_need(scope, part, parallel, micro, rollout is not None))
     best = advice.fastest(needs, rollout, scope.target, work) if scope.fit else None
     seconds = partial(timing.whole, work, scope.target)
     placed = fit(needs, rollout, scope.target, seconds) if best is None else best.fit
@@ -124,7 +124,7 @@ def lora_of(scope: Scope, part: Part) -> Lora | None:
     return None if block is None else adapters.lora(block, scope.model(part.reference).shape)
 
 
-def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -> Need:
+def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None, samples: bool) -> Need:
     model = scope.model(part.reference)
     lora, count = lora_of(scope, part), model.count(part.head)
     trained = None
@@ -143,8 +143,10 @@ def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -
         # Stages 1 and 2 shard gradients and optimizer states, which an engine that only infers does not have:
         # what is written there is for the engines that train.
         zero = None if zero in (1, 2) else zero
-        if offload is not None:
+        if offload is not None and offload != "idle":
             offload = "params" if offload in ("params", "both") and zero in (3, None) else "off"
+    if offload == "idle" and (part.trains or not samples):
+        offload = "off"
     if part.shares is not None:
         offload = "off"
     ema = part.name == "actor" and part.group is not None and part.group["ema"] is not None
@@ -154,7 +156,7 @@ def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None) -
         model.entry["attention"] == "eager", part.trains, part.per_rank, part.sequences, part.length, zero,
         offload, checkpointing, micro, ema, ours.get("reduce_bucket_size"),
         ours.get("stage3_max_live_parameters", deepspeed_config.LIVE), trained, lora, part.shares,
-        None if parallel is None or offload == "off" else parallel["nvme"],
+        None if parallel is None or offload in ("off", "idle") else parallel["nvme"],
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
         train += actor.passes(work.ptx * work.updates, work.length, train=True)
     return {
         "generate": actor.generate(work.sequences, fit.sampling, work.prompt, work.answer),
-        "score": sum(engine.passes(work.sequences, whole, said, train=False) for engine in engines.values()),
+        "score": sum(e.passes(work.sequences, whole, said, train=False) + e.woken for e in engines.values()),
         "train": train,
     }
 
@@ -191,6 +191,12 @@ class _Clock:
         if self.placed.zero == 3:
             out += (forwards + train) * traffic.tensors(self.shape, not self.causal) * HOOKS
         return out + traffic.SUM_LAUNCHES * self.trained_tensors * self.launch * train
+
+    @property
+    def woken(self) -> float:
+        """Seconds in which weights that rest on the host come to the device."""
+        rests = self.placed.states is not None and self.placed.states.rests
+        return self.width * self.count / self.rates.host if rests else 0.0
 
     def links(self, train: bool) -> float:
         """Seconds of what a micro batch moves over links."""

@@ -165,6 +165,7 @@ class OnPolicy(ABC):
             engine.eval()
             parts = [rows for minibatch in self.parts(answers, engine) for rows in minibatch]
             log_probs.append(rollouts.read(answers, parts, lambda part, e=engine: self._log_probs(e, part)))
+        self.engines.ref.rest()
         reward = self.engines.reward
         terms = reward.terms(answers) if isinstance(reward, Weighted) else None
         scores = reward(answers).float() if terms is None else reward.total(terms)
@@ -309,5 +310,6 @@ class OnPolicy(ABC):
                 reward.engine.scores(padded, part.lengths),
                 reward.engine.spec["dtype"],
             )
+            reward.engine.rest()
             found["padding"] = max(drift, found.get("padding", 0.0))
         return {f"invariant_{name}": value for name, value in found.items()}

@@ -54,6 +54,7 @@ class ModelReward:
         self.engine.eval()
         (parts,) = micro_parts(answers.lengths.tolist(), self.engine.micro, self.longest)
         scores = read(answers, parts, lambda part: self.engine.scores(part.ids, part.lengths))
+        self.engine.rest()
         return (scores - self.mean) / self.deviation
 
 

@@ -62,6 +62,12 @@ def test_what_the_estimators_leave_out():
     assert each(trains=False, zero=3, offload="params") == 0
 
 
+def test_weights_that_rest():
+    """On the device while in use only, and once for each device of a node on its host."""
+    found = states(1_000_000, 0, dtype="bf16", zero=0, offload="idle", trains=False, gpus=4, nodes=2)
+    assert (found.total, found.lasting, found.passing, found.host) == (2_000_000, 0, 2_000_000, 8_000_000)
+
+
 SMALL = shape(
     {
         "type": "llama", "layers": 3, "hidden": 8, "heads": 2, "kv_heads": 1, "intermediate": 20, "vocab": 50,

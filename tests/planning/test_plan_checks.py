@@ -237,6 +237,7 @@ def test_types_of_devices(shop):
     [
         ("zero = 0", gpus(1), "ZeRO 0 cannot sum the gradients of bf16 weights in fp32"),
         ("offload = both", CPU, "offload has no effect on a CPU"),
+        ("zero = 3, offload = idle", gpus(1), "offload = idle moves whole weights, and zero is 3"),
         ("zero = 2, offload = params", gpus(1), "offload = params needs ZeRO 3, and zero is 2"),
     ],
 )

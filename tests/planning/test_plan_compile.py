@@ -177,6 +177,32 @@ def test_a_layout_that_barely_fits_is_not_taken(shop):
     assert planned["engines"]["actor"]["offload"] == "off" and planned["batch"]["generate_per_rank"] <= 8
 
 
+LARGE = PIPELINE.replace("model.tiny", "model.o").replace(TINY, 'model o { from = "facebook/opt-1.3b" }\n')
+
+
+def test_frozen_engines_rest_on_the_host_before_anything_that_trains_leaves(shop):
+    """PPO of four OPT-1.3B on one GPU: of 54 GB of states 5 are of reference and reward model."""
+    roomy, tight = (stage(shop.plan(LARGE, gpus(1, gib)), "stage.ppo") for gib in (80, 56))
+    assert {name: e["offload"] for name, e in roomy["engines"].items()} == dict.fromkeys(roomy["engines"], "off")
+    offloads = {name: e["offload"] for name, e in tight["engines"].items()}
+    assert offloads == {"actor": "off", "critic": "off", "ref": "idle", "reward": "idle"}
+    assert tight["memory"]["fits"] and zero_of({"stages": [tight]})["ref"] == 0
+    weights = tight["memory"]["engines"]["ref"]["weights"]
+    assert tight["memory"]["engines"]["ref"]["lasting"] == 0 and tight["memory"]["host"] >= 2 * weights
+    score = {name: one["memory"]["phases"]["score"] for name, one in (("off", roomy), ("idle", tight))}
+    assert score["off"]["resident"] - score["idle"]["resident"] >= 2 * weights
+
+
+def test_idle_is_of_frozen_engines(shop):
+    """Beside those that train, and in a stage that does not sample, it says nothing."""
+    text = LARGE + "parallel p { offload = idle }\n"
+    text = text.replace("model = stage.reward }", "model = stage.reward, parallel = parallel.p }")
+    text = text.replace("lr = 1e-4 }\n  critic", "lr = 1e-4, parallel = parallel.p }\n  critic")
+    planned = stage(shop.plan(text, gpus(1)), "stage.ppo")
+    offloads = {name: engine["offload"] for name, engine in planned["engines"].items()}
+    assert offloads == {"actor": "off", "critic": "off", "ref": "off", "reward": "idle"}
+
+
 def test_shards_where_a_copy_has_no_room(shop):
     """OPT-66B as actor on 8 A100-80G: 122 GiB of weights have no room on one, an eighth of them has."""
     text = (ROOT / "recipes" / "opt-66b-8gpu.rlhf").read_text(encoding="utf-8")

@@ -41,12 +41,15 @@ def other_source(tmp_path_factory) -> str:
     return scratch(tmp_path_factory.mktemp("other") / "small", seed=2)
 
 
-def trainer(source, other, settings=SETTINGS, micro=3, dropout=0.0, at_once=3, **actor):
+def trainer(source, other, settings=SETTINGS, micro=3, dropout=0.0, at_once=3, frozen="off", **actor):
+    still = {"offload": frozen}
     engines = Engines(
         actor=engine(HybridEngine, source, spec(micro=micro, lr=1e-2, dropout=dropout, **actor)),
         critic=engine(ScalarEngine, other, spec("critic", micro=micro, lr=1e-2), seed=11),
-        ref=engine(PolicyEngine, other, spec("ref", trains=False, micro=2)),
-        reward=ModelReward(engine(ScalarEngine, source, spec("reward", trains=False, micro=3), seed=12), longest=28),
+        ref=engine(PolicyEngine, other, spec("ref", trains=False, micro=2) | still),
+        reward=ModelReward(
+            engine(ScalarEngine, source, spec("reward", trains=False, micro=3) | still, seed=12), longest=28
+        ),
     )
     return Trainer(engines, settings, at_once=at_once, stop_ids=STOP, pad_id=258, seed=5)
 
@@ -194,6 +197,22 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
     ):
         for (name, a), b in zip(found.named_parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(a, b, atol=3e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_frozen_engines_that_rest_change_nothing(source, other_source):
+    """They are never on the device together, nor beside sampling and training."""
+    found = []
+    for frozen in ("off", "idle"):
+        one = trainer(source, other_source, frozen=frozen)
+        idle = [engine.resting for engine in (one.engines.ref, one.engines.reward.engine)]
+        experience, metrics = one.generate_experience(prompts(), [0, 1, 2, 3])
+        assert all(resting is None or resting.away for resting in idle)
+        one.check(experience, same_reference=False)
+        assert all(resting is None or resting.away for resting in idle)
+        found.append((metrics, one.train_step(experience)))
+    for kept, rested in zip(*found, strict=True):
+        same = {name: value for name, value in kept.items() if "second" not in name}
+        assert {name: rested[name] for name in same} == pytest.approx(same, rel=0, abs=0, nan_ok=True)
 
 
 def test_micro_size_does_not_change_the_update(source, other_source):
