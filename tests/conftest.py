@@ -2,7 +2,9 @@
 
 import gc
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write golden files instead of comparing")
+
+
+HERE = Path(__file__).parent
+RANKS = ("engines", "examples", "running", "training")  # folders of tests that run as a rank or start some
+
+
+def starts_ranks(item: pytest.Item) -> bool:
+    return item.path.relative_to(HERE).parts[0] in RANKS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is quick to fail comes first."""
+    items.sort(key=starts_ranks)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build DeepSpeed's operator for the CPU, a minute once for each environment, beside the tests without ranks."""
+    if any(map(starts_ranks, session.items)) and not session.config.option.collectonly:
+        subprocess.Popen(
+            [sys.executable, "-c", "from rlhfdsl.engines.distributed import build_operator; build_operator()"],
+            env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

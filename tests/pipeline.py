@@ -24,20 +24,20 @@ data prose { from = "./prose.jsonl", format = text }
 
 blend all {
   mix { pairs = 100% }
-  split { sft = 30%, reward = 30%, ppo = 25%, eval = 15% }
+  split { sft = 30%, reward = 30%, ppo = 35%, eval = 5% }
 }
 
 parallel shard { zero = 0, micro = 2 }
 
 stage sft {
   model = model.tiny, data = blend.all, eval = blend.all.eval
-  steps = 6, batch = 8, length = 96, lr = 3e-3, parallel = parallel.shard
+  steps = 4, batch = 8, length = 96, lr = 3e-3, parallel = parallel.shard
   every { log = 1 }
 }
 
 stage reward {
   model = stage.sft, data = blend.all, eval = blend.all.eval
-  steps = 4, batch = 4, length = 96, lr = 1e-3, parallel = parallel.shard
+  steps = 3, batch = 4, length = 96, lr = 1e-3, parallel = parallel.shard
   every { log = 1 }
 }
 
@@ -47,13 +47,15 @@ stage ppo {
   actor { model = stage.sft, lr = 1e-3, ema = 0.9, parallel = parallel.shard }
   critic { model = stage.reward, lr = 1e-3, parallel = parallel.shard }
   reward { model = stage.reward }
-  rollout { batch = 8, prompt = 64, answer = 16 }
+  rollout { batch = 8, prompt = 64, answer = 8 }
   update { minibatch = 4, epochs = 2 }
   kl { coef = 0.05 }
   ptx { data = data.prose, weight = 0.5, batch = 4 }
   every { samples = 1, eval = 2 }
 }
 """
+
+SFT_ONLY = RECIPE[: RECIPE.index("stage reward")].replace("reward = 30%, ppo = 35%", "rest = 65%")
 
 WORDS = ("alder", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "yew")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from pipeline import RECIPE, write_recipe
+from pipeline import SFT_ONLY, write_recipe
 
 from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
@@ -20,8 +20,7 @@ from rlhfdsl.running import failure, supervisor
 from rlhfdsl.running.metrics import MetricsFollower
 from rlhfdsl.running.watch import Pulse, Watch
 
-SFT_ONLY = RECIPE[: RECIPE.index("stage reward")].replace("reward = 30%, ppo = 25%", "rest = 55%")
-ENDLESS = SFT_ONLY.replace("steps = 6", "steps = 100_000").replace("log = 1", "log = 1, checkpoint = 20")
+ENDLESS = SFT_ONLY.replace("steps = 4", "steps = 100_000").replace("log = 1", "log = 1, checkpoint = 20")
 STAGE = {"address": "stage.ppo", "kind": "ppo", "engines": {"actor": {}, "critic": {}}}
 
 
@@ -55,6 +54,13 @@ class Run:
         if self.process.poll() is None:
             self.family = psutil.Process(self.process.pid).children(recursive=True)
 
+    def wait_for_rank(self) -> None:
+        """Wait until a rank catches SIGUSR1, which it does when it is bound to its parent and before it loads torch."""
+        deadline = time.time() + 300
+        while time.time() < deadline and not any(map(catches, self.family)):
+            time.sleep(0.05)
+            self.family = psutil.Process(self.process.pid).children(recursive=True)
+
     def rank(self, number: int) -> int:
         return json.loads((self.partial / "ranks" / f"{number}.json").read_text())["pid"]
 
@@ -67,6 +73,16 @@ class Run:
     def checkpoints(self) -> list[int]:
         found = [store.read(path) for path in store.all_of(self.partial / store.FOLDER)]
         return [manifest["update"] for manifest in found if isinstance(manifest, dict)]
+
+
+def catches(process: psutil.Process) -> bool:
+    """Whether a process has a handler for SIGUSR1, by what the system says of it."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:  # it has ended
+        return False
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def test_two_ranks_meet_every_end(tmp_path):
@@ -109,7 +125,7 @@ def test_two_ranks_meet_every_end(tmp_path):
 def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
     write_recipe(tmp_path, ENDLESS)
     run = Run(tmp_path)
-    run.wait_for("start")
+    run.wait_for_rank()
     assert len(run.family) >= 2
     run.process.kill()
     run.end(20)

@@ -23,7 +23,7 @@ from rlhfdsl.running.metrics import MetricsFollower, read_metrics
 pytestmark = pytest.mark.slow
 
 KILLS = 5  # in each of six settings
-LONGER = RECIPE.replace("steps = 6", "steps = 30").replace("steps = 4", "steps = 30")
+LONGER = RECIPE.replace("steps = 4", "steps = 30").replace("steps = 3,", "steps = 30,")
 LONGER = LONGER.replace("rollouts = 3", "rollouts = 8")
 SEED = int(os.environ.get("RLHFDSL_SEED", "0"))
 

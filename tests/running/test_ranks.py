@@ -48,15 +48,6 @@ NUMBERS = (
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_recipe(folder, ADAPTED)
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        for zero in ZERO:
-            sets = [f"parallel.shard.zero={zero}", f'recipe.output="runs/1-{zero}"']
-            run_here(plan(folder / "small.rlhf", *sets), folder)
-        run_broken(plan(folder / "small.rlhf", 'recipe.output="runs/1-0-broken"'), folder, 2)
-    finally:
-        os.chdir(here)
     port = free_port()
     launch = [
         sys.executable, "-m", "deepspeed.launcher.launch",
@@ -66,8 +57,22 @@ def runs(tmp_path_factory) -> Path:
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    here = Path.cwd()
+    os.chdir(folder)
+    with (folder / "log").open("w") as log, subprocess.Popen(launch, env=environment, stdout=log, stderr=log) as two:
+        try:  # while the two start
+            run_here(plan(folder / "small.rlhf", 'recipe.output="runs/1-0"'), folder)
+            run_broken(plan(folder / "small.rlhf", 'recipe.output="runs/1-0-broken"'), folder, 2)
+            for zero in ZERO[1:]:
+                sets = [f"parallel.shard.zero={zero}", f'recipe.output="runs/1-{zero}"']
+                run_here(plan(folder / "small.rlhf", *sets), folder)
+            code = two.wait(900)
+        except BaseException:
+            two.terminate()
+            raise
+        finally:
+            os.chdir(here)
+    assert code == 0, (folder / "log").read_text()[-6000:]
     (folder / "runs" / "port").write_text(str(port))
     return folder / "runs"
 

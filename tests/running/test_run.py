@@ -1,5 +1,6 @@
 """`rlhf run` as its user meets it: folders, repetition, failures, interruption."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,34 +8,37 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipeline import RECIPE, plan, write_recipe
+from command import rlhf
+from pipeline import SFT_ONLY, plan, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhfdsl.planning.keys import keys
 from rlhfdsl.running.metrics import MetricsFollower, MetricsWriter, read_metrics
 
-SFT_ONLY = RECIPE[: RECIPE.index("stage reward")].replace("reward = 30%, ppo = 25%", "rest = 55%")
 
-
-def rlhf(*arguments: str, folder: Path, timeout: float = 900) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, "-m", "rlhfdsl", *arguments], cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+@pytest.fixture(autouse=True)
+def no_rank(monkeypatch):
+    """This process is one of the suite's; the commands that it runs are no rank's."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def finished(tmp_path_factory) -> Path:
+    """A folder with a run by a process of its own, as a user starts it; the other commands run in this process."""
     folder = tmp_path_factory.mktemp("run")
     write_recipe(folder)
-    done = rlhf("run", "small.rlhf", "--gpu", "cpu", folder=folder)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu"], cwd=folder, env=environment,
+        capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done
+    return folder
 
 
 def test_everything_is_where_the_plan_says(finished):
-    folder, _ = finished
+    folder = finished
     run = folder / "runs" / "small"
     saved = json.loads((run / "plan.json").read_text())
     for stage in saved["stages"]:
@@ -60,7 +64,7 @@ def test_everything_is_where_the_plan_says(finished):
 
 
 def test_models_load_in_plain_transformers(finished):
-    folder, _ = finished
+    folder = finished
     for name in ("sft/model", "ppo/actor", "ppo/actor-ema"):
         path = folder / "runs/small" / name
         tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
@@ -72,75 +76,67 @@ def test_models_load_in_plain_transformers(finished):
     assert reward.config.num_labels == 1 and reward.config.reward_std > 0
 
 
-def test_a_second_run_is_cached_and_a_changed_stage_runs_alone(finished):
-    folder, _ = finished
-    again = rlhf("run", "small.rlhf", "--gpu", "cpu", folder=folder)
-    assert again.returncode == 0 and again.stdout.count("cached") == 3
+def test_a_second_run_is_cached_and_a_saved_plan_runs_its_changed_stage_alone(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    code, out, err = rlhf(capsys, "run", "small.rlhf", "--gpu", "cpu")
+    assert code == 0 and out.count("cached") == 3, err
     sets = ("--set", "stage.ppo.kl.coef=0.5", "--set", "stage.sft.every.log=3")
-    changed = rlhf("run", "small.rlhf", "--gpu", "cpu", *sets, folder=folder)
-    assert changed.returncode == 0, changed.stderr
-    assert changed.stdout.count("cached") == 2
-    assert (folder / "runs/small/ppo").is_dir() and (folder / "runs/small/ppo.1").is_dir()  # nothing is lost
+    code, _, err = rlhf(capsys, "plan", "small.rlhf", "--gpu", "cpu", *sets, "-o", "plan.json")
+    assert code == 0, err
+    for name in ("small.rlhf", "rlhf.lock"):  # a saved plan needs neither
+        Path(name).rename(f"{name}.away")
+    try:
+        code, out, err = rlhf(capsys, "run", "plan.json")
+    finally:
+        for name in ("small.rlhf", "rlhf.lock"):
+            Path(f"{name}.away").rename(name)
+    assert code == 0 and out.count("cached") == 2, err
+    assert Path("runs/small/ppo").is_dir() and Path("runs/small/ppo.1").is_dir()  # nothing is lost
 
 
-def test_chat_with_the_run(finished):
-    folder, _ = finished
-    command = [sys.executable, "-m", "rlhfdsl", "chat", "runs/small", "--tokens", "5", "--seed", "1"]
-    done = subprocess.run(
-        command, cwd=folder, input="What is an oak?\n/new\nAnd an elm?\n", capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 2
-    wrong = rlhf("chat", "runs/small", "--stage", "reward", folder=folder)
-    assert wrong.returncode == 1 and "makes no policy" in wrong.stderr and "ready: sft, ppo" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    nowhere = rlhf("chat", "runs/other", folder=folder)
-    assert nowhere.returncode == 1 and "neither a run nor a model" in nowhere.stderr
+def test_chat_with_the_run(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is an oak?\n/new\nAnd an elm?\n"))
+    code, out, err = rlhf(capsys, "chat", "runs/small", "--tokens", "5", "--seed", "1")
+    assert code == 0, err
+    assert len(out.splitlines()) >= 2
+    code, _, err = rlhf(capsys, "chat", "runs/small", "--stage", "reward")
+    assert code == 1 and "makes no policy" in err and "ready: sft, ppo" in err
+    code, _, err = rlhf(capsys, "chat", "runs/other")
+    assert code == 1 and "neither a run nor a model" in err
 
 
-def test_a_saved_plan_runs_without_its_recipe(finished, tmp_path):
-    folder, _ = finished
-    write_recipe(tmp_path, SFT_ONLY)
-    made = rlhf("plan", "small.rlhf", "--gpu", "cpu", "-o", "plan.json", folder=tmp_path)
-    assert made.returncode == 0, made.stderr
-    (tmp_path / "small.rlhf").unlink()
-    (tmp_path / "rlhf.lock").unlink()
-    done = rlhf("run", "plan.json", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/small/sft/model/model.safetensors").exists()
-
-
-def test_a_broken_plan_is_one_diagnostic(tmp_path):
-    (tmp_path / "plan.json").write_text('{"format_version": "1.0"}')
-    done = rlhf("run", "plan.json", folder=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "E0720" in done.stderr
-    (tmp_path / "plan.json").write_text("{")
-    done = rlhf("run", "plan.json", folder=tmp_path)
-    assert done.returncode == 2 and "not a plan" in done.stderr
-    assert not (tmp_path / "runs").exists()
+def test_a_broken_plan_is_one_diagnostic(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("plan.json").write_text('{"format_version": "1.0"}')
+    code, _, err = rlhf(capsys, "run", "plan.json")
+    assert code == 1 and "E0720" in err
+    Path("plan.json").write_text("{")
+    code, _, err = rlhf(capsys, "run", "plan.json")
+    assert code == 2 and "not a plan" in err
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_chat_with_a_run_whose_plan_is_damaged(tmp_path, text):
+def test_chat_with_a_run_whose_plan_is_damaged(tmp_path, capsys, text):
     (tmp_path / "plan.json").write_text(text)
-    done = rlhf("chat", ".", folder=tmp_path)
-    assert done.returncode in (1, 2) and "plan" in done.stderr and "bug in rlhfdsl" not in done.stderr
+    code, _, err = rlhf(capsys, "chat", tmp_path)
+    assert code in (1, 2) and "plan" in err and "bug in rlhfdsl" not in err
 
 
-def test_base_beside_a_recipe_is_refused(tmp_path):
+def test_base_beside_a_recipe_is_refused(project, capsys):
+    code, _, err = rlhf(capsys, "run", "small.rlhf", "--base", "elsewhere")
+    assert code == 2 and "--base is for a saved plan" in err
+    assert not Path("runs").exists()
+
+
+def test_data_that_changed_after_the_plan_leaves_no_half_written_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, SFT_ONLY)
-    done = rlhf("run", "small.rlhf", "--base", "elsewhere", folder=tmp_path)
-    assert done.returncode == 2 and "--base is for a saved plan" in done.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-def test_data_that_changed_after_the_plan_leaves_no_half_written_run(tmp_path):
-    write_recipe(tmp_path, SFT_ONLY)
-    assert rlhf("plan", "small.rlhf", "--gpu", "cpu", "-o", "plan.json", folder=tmp_path).returncode == 0
+    assert rlhf(capsys, "plan", "small.rlhf", "--gpu", "cpu", "-o", "plan.json")[0] == 0
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"\n')
-    done = rlhf("run", "plan.json", folder=tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "pairs.jsonl" in done.stderr and "Traceback" not in done.stderr
+    code, _, err = rlhf(capsys, "run", "plan.json")
+    assert code == 1 and "pairs.jsonl" in err
     assert not list((tmp_path / "runs").rglob("sft*"))
 
 
