@@ -64,8 +64,7 @@ def _saved(args: argparse.Namespace) -> Given:
             return recipe, _plan(args, held, recipe, base, name), base
     if args.base is not None:
         fail("--base is for a saved plan; a bundle has its inputs in it")
-    output = Path(args.output or held.plan["recipe"]["output"])
-    output.mkdir(parents=True, exist_ok=True)
+    output = places.make_output(Path(args.output or held.plan["recipe"]["output"]))
     path = saved.unfold(held, output / f"bundle-{held.digest[:12]}")
     recipe = _recipe(held, path, name)
     return recipe, _plan(args, held, recipe, path.parent, name), path.parent

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhfdsl.language.diagnostics import Diagnostic, Span
+from rlhfdsl.language.strangers import START, stranger
 
 SIZE_LIMIT = 1 << 20
 NESTING_LIMIT = 64
@@ -74,7 +75,7 @@ def read(
     try:
         if not path.exists():
             near = sorted(p.name for p in path.parent.glob("*.rlhf"))[:5] if path.parent.is_dir() else []
-            help = f"beside it: {', '.join(near)}" if near else "`rlhf init` writes a recipe to start from"
+            help = f"beside it: {', '.join(near)}" if near else START
             return refuse("E0891", f"there is no file `{name}`", help)
         if not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"
@@ -86,6 +87,9 @@ def read(
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the name cannot be a path"
         return refuse("E0891", f"`{name}` cannot be read: {reason}")
+    other = stranger(data, name)
+    if other is not None:
+        return refuse("E0895", f"`{name}` is no recipe: it looks like {other[0]}", other[1])
     if len(data) > SIZE_LIMIT:
         return refuse("E0901", f"`{name}` is larger than 1 MiB, the most that a recipe may have")
     try:
@@ -98,7 +102,7 @@ def read(
             "save the file as UTF-8",
         )
     if not text.strip():
-        return refuse("E0894", f"`{name}` is empty", "`rlhf init` writes a recipe to start from")
+        return refuse("E0894", f"`{name}` is empty", START)
     source = SourceFile(name, text, folder)
     return source, examine(source)
 

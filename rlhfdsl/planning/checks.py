@@ -267,13 +267,18 @@ def minibatches(problems: Problems, at: str, prompts: int, answers: int, minibat
     return None
 
 
-def has_updates(problems: Problems, at: str, per_epoch: int, rows: int, batch: int, item: str) -> None:
+def has_updates(
+    problems: Problems, where: Target, at: str, per_epoch: int, rows: int, batch: int, item: str
+) -> None:
     """A part with fewer rows than one batch."""
     if per_epoch or not rows:
         return
+    fill = f"1 {item.removesuffix('s')} does" if rows == 1 else f"{rows} {item} do"
+    most = rows // where.world * where.world
     problems.report(
-        "E0704", f"{rows} {item} do not fill one batch of {batch}, so the stage would make no update", at,
-        help=f"a batch of at most {rows}, or more data",
+        "E0704", f"{fill} not fill one batch of {batch}, so the stage would make no update", at,
+        help=f"a batch of at most {most}, or more data" if most
+        else f"more data: a batch takes at least {where.world}, one for each of {where.world} {where.devices}",
     )  # fmt: skip
 
 

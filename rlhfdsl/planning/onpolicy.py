@@ -100,7 +100,8 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     late = critic["warmup_rollouts"] if critic is not None else 0
     if run is not None:
         size = f"{at}.rollout.batch"
-        checks.has_updates(scope.problems, size, run.per_epoch, rows or 0, rollout["batch"], "prompts")
+        rows_of = rows or 0
+        checks.has_updates(scope.problems, scope.target, size, run.per_epoch, rows_of, rollout["batch"], "prompts")
         course.tail(scope.problems, size, run.dropped_tail, rows or 0, rollout["batch"], "prompts")
     course.critic_warmup(scope.problems, f"{at}.critic.warmup_rollouts", late, rollouts)
     course.interval(scope.problems, block, rollouts, "rollouts")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rlhfdsl.language.diagnostics import UserError
@@ -31,6 +31,19 @@ def relocate(plan: Json, output: str) -> Json:
         for stage in plan["stages"]
     ]  # fmt: skip
     return {**plan, "recipe": {**plan["recipe"], "output": output}, "stages": stages}
+
+
+def make_output(output: Path) -> Path:
+    """The run's folder, made if it is not there. Raises UserError where a file is in its way."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((path for path in (output, *output.parents) if path.is_file()), output)
+        raise UserError(
+            "E0797", f"the run would write to the folder `{shown(str(output))}`, and `{shown(str(file))}` is a file",
+            at="recipe.output", help="name another folder, here or with `--output FOLDER`",
+        ) from error  # fmt: skip
+    return output
 
 
 def confined(plan: Json, *, any_output: bool = False) -> None:

@@ -78,14 +78,14 @@ def facts(entry: Json, base: Path, address: str) -> Json:
     if function is None:
         names = ", ".join(node.name for node in defined if not node.name.startswith("_")) or "none"
         raise UserError(
-            "E0741", f"`{entry['file']}` defines no function `{entry['function']}`", at=f"{address}.file",
+            "E0741", f"`{entry['file']}` defines no function `{entry['function']}`", at=f"{address}.function",
             place=str(path), help=f"functions at its top: {names}",
         )  # fmt: skip
     taken = function.args
     needed = len(taken.posonlyargs) + len(taken.args) - len(taken.defaults)
     if needed > 2 or (len(taken.posonlyargs) + len(taken.args) < 2 and taken.vararg is None):
         raise UserError(
-            "E0741", f"`{entry['function']}` of `{entry['file']}` does not take two lists", at=f"{address}.file",
+            "E0741", f"`{entry['function']}` of `{entry['file']}` does not take two lists", at=f"{address}.function",
             place=str(path), help=f"def {entry['function']}(prompts: list[str], answers: list[str]) -> list[float]",
         )  # fmt: skip
     return {"files": {entry["file"]: pinned}}

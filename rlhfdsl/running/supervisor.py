@@ -23,6 +23,7 @@ from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import keys, measured
 from rlhfdsl.planning.lock import packages
+from rlhfdsl.planning.places import make_output
 from rlhfdsl.running import failure, launcher, schedule
 from rlhfdsl.running.inputs import verify_inputs
 from rlhfdsl.running.metrics import MetricsFollower, read_metrics
@@ -57,8 +58,7 @@ def execute(
     On SIGINT, SIGTERM or SIGHUP the stage saves a checkpoint after the update that is running; at the second signal it
     ends at once. Raises UserError when a stage fails and Interrupted after a signal; what earlier stages made stays.
     """
-    output = Path(plan["recipe"]["output"])
-    output.mkdir(parents=True, exist_ok=True)
+    output = make_output(Path(plan["recipe"]["output"]))
     plan_path = output / "plan.json"
     results: dict[str, dict[str, float]] = {}
     with _alone(output), Signals() as signals:

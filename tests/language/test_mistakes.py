@@ -23,6 +23,7 @@ ELSEWHERE = {
     "E0892": "test_files",
     "E0893": "test_files",
     "E0894": "test_files",
+    "E0895": "test_a_file_of_another_kind_is_told_once",
     "E0901": "test_files",
 }
 
@@ -79,6 +80,33 @@ def test_files(tmp_path: Path, content: bytes | None, code: str):
     compilation = load(path)
     assert compilation.recipe is None and {d.code for d in compilation.diagnostics} == {code}
     assert render(compilation.diagnostics, compilation.sources, colour=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what", "help"),
+    [
+        ("pairs.jsonl", b'{"prompt": "a", "chosen": "b"}\n' * 40, "JSON lines", 'from = "./pairs.jsonl"'),
+        ("large.jsonl", b'{"prompt": "a", "chosen": "b"}\n' * 40_000, "JSON lines", 'from = "./large.jsonl"'),
+        ("plan.json", b'{\n "format_version": "1.0",\n "stages": []}', "a saved plan", "`rlhf run plan.json`"),
+        ("rows.json", b'[{"prompt": "a"},\n {"prompt": "b"}]', "JSON", "`rlhf init`"),
+        ("sft.yaml", b"# of TRL\nmodel_name_or_path: x\nlist:\n  - a: {b: 1}\nlr: 1\n", "YAML", "`rlhf import"),
+        ("model.safetensors", b"H\x02\0\0\0\0\0\0{}" + bytes(range(256)), "a binary file", ".rlhf"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_once(tmp_path, monkeypatch, name, content, what, help):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    (only,) = load(name).diagnostics
+    assert only.code == "E0895" and only.message.startswith(f"`{name}` is no recipe: it looks like {what}")
+    assert help in only.help
+
+
+@pytest.mark.parametrize(
+    "text", ["{ recipe x }", "seed: 1\n", 'recipe "x" {\n  seed: 1\n  output: 2\n}\n', '[1]\nrecipe "x" { }\n']
+)
+def test_a_broken_recipe_is_not_taken_for_another_kind(tmp_path, text):
+    (tmp_path / "x.rlhf").write_text(text)
+    assert "E0895" not in {d.code for d in load(tmp_path / "x.rlhf").diagnostics}
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path):

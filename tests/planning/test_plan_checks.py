@@ -79,6 +79,21 @@ def test_no_update(shop):
     assert shop.text_at(found) == "64"
 
 
+@pytest.mark.parametrize(
+    ("rows", "world", "message", "help"),
+    [
+        (1, 1, "1 sequence does not fill", "a batch of at most 1, or more data"),
+        (1, 2, "1 sequence does not fill", "more data: a batch takes at least 2, one for each of 2 GPUs"),
+        (41, 4, "41 sequences do not fill", "a batch of at most 40, or more data"),
+    ],
+)
+def test_a_batch_that_fits_the_rows_also_splits_over_the_gpus(shop, rows, world, message, help):
+    text = sft("batch = 64, length = 64, lr = 1e-3")
+    shop.know(text, rows)
+    found = shop.problem(text, gpus(world))
+    assert found.code == "E0704" and found.message.startswith(message) and found.help == help
+
+
 def test_no_rollout(shop):
     text = PIPELINE + "\n"
     rows = dict.fromkeys((a for a, _ in lock.edges(shop.plan(text))), 100) | {"stage.ppo.train": 31}

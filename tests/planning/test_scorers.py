@@ -79,7 +79,8 @@ def test_a_file_that_cannot_score(shop, code, error, message):
     (entry,) = sources(shop.plan(rloo("call = scorer.brevity"), CPU))
     with pytest.raises(UserError) as raised:
         scorers.facts(entry, shop.folder, "scorer.brevity")
-    assert (raised.value.code, raised.value.message, raised.value.at) == (error, message, "scorer.brevity.file")
+    at = {"E0740": "file", "E0741": "function"}[error]
+    assert (raised.value.code, raised.value.message, raised.value.at) == (error, message, f"scorer.brevity.{at}")
 
 
 def test_a_stage_waits_for_the_model_of_its_scorer(shop):

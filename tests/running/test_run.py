@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command import rlhf
-from pipeline import SFT_ONLY, plan, write_recipe
+from pipeline import RECIPE, SFT_ONLY, plan, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhfdsl.planning.keys import keys
@@ -128,6 +128,13 @@ def test_base_beside_a_recipe_is_refused(project, capsys):
     code, _, err = rlhf(capsys, "run", "small.rlhf", "--base", "elsewhere")
     assert code == 2 and "--base is for a saved plan" in err
     assert not Path("runs").exists()
+
+
+def test_a_file_where_the_run_would_write(project, capsys):
+    Path("small.rlhf").write_text(RECIPE.replace("language = 1", 'language = 1\n  output   = "./pairs.jsonl/run"'))
+    code, _, err = rlhf(capsys, "run", "small.rlhf", "--gpu", "cpu")
+    assert code == 1 and "E0797" in err and "small.rlhf:4:14" in err
+    assert "folder `pairs.jsonl/run`, and `pairs.jsonl` is a file" in err
 
 
 def test_data_that_changed_after_the_plan_leaves_no_half_written_run(tmp_path, monkeypatch, capsys):

@@ -86,6 +86,7 @@ CODES = {
     "E0892": "the recipe is not a regular file",
     "E0893": "the recipe is not UTF-8 text",
     "E0894": "the recipe is empty",
+    "E0895": "the file is no recipe but something else",
     # E09 limits
     "E0901": "the recipe is too large",
     "E0902": "the recipe is nested too deep",
