@@ -10,6 +10,7 @@ asks `nvidia-smi` and never imports torch.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -102,6 +103,19 @@ def detect() -> Target:
 
 
 CPU = Target("cpu", None, None, 1, 1, "detected")
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container: a number of bytes, or `max`
+
+
+def host_memory() -> int | None:
+    """Bytes of this machine's memory, or of what its container may use; None where the system does not say."""
+    try:
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+    try:
+        return min(whole, int(CGROUP.read_text()))
+    except (OSError, ValueError):
+        return whole
 
 
 def parse_smi(text: str) -> Target:

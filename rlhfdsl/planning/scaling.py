@@ -13,6 +13,7 @@ from typing import Any
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Recipe, Reference
 from rlhfdsl.planning import catalog, figures
+from rlhfdsl.planning.memory import USABLE
 from rlhfdsl.planning.placing import base_of
 
 Json = dict[str, Any]
@@ -25,8 +26,8 @@ _TRAINED = re.compile(r"-(instruct|it|chat)\b", re.IGNORECASE)
 class Point:
     """One plan of several. seconds, cost, peak and usable are None where unknown; `error` says why there is no plan.
 
-    peak, usable: bytes of one device. host: bytes of a node's memory. layout: ZeRO stage and offload of engines that
-    train.
+    peak, usable: bytes of one device. host, host_usable: bytes of a node's memory, the second None where unknown.
+    layout: ZeRO stage and offload of engines that train. bound: which memory is too small, "device" or "host".
     """
 
     name: str
@@ -36,22 +37,34 @@ class Point:
     peak: int | None = None
     usable: int | None = None
     host: int = 0
+    host_usable: int | None = None
     layout: str = ""
+    bound: str | None = None
     error: str | None = None
 
 
-def point(name: str, plan: Json | None, found: Sequence[Diagnostic], world: int) -> Point:
-    """What there is to say of a plan, or of what stood against it."""
+def point(name: str, plan: Json | None, found: Sequence[Diagnostic], world: int, memory: int | None = None) -> Point:
+    """What there is to say of a plan, or of what stood against it. memory: bytes of a node's host, None for unknown."""
+    usable = None if memory is None else int(memory * USABLE)
     if plan is None:
         errors = [diagnostic.message for diagnostic in found if diagnostic.severity == "error"]
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        return Point(name, world, error=errors[0] + more)
+        too_large = any(diagnostic.code == "E0712" for diagnostic in found)
+        return Point(name, world, host_usable=usable, bound="device" if too_large else None, error=errors[0] + more)
     time = plan["time"] or {"seconds": None, "cost": None}
     memories = [stage["memory"] for stage in plan["stages"]]
     tightest = max(memories, key=lambda memory: memory["peak"] or 0)
     host = max((memory["host"] or 0 for memory in memories), default=0)
+    bound = error = None
+    if memory is not None and usable is not None and host > usable:
+        bound = "host"
+        error = (
+            f"offload needs {figures.gib(host)} GiB of the host of each node, of whose {figures.gib(memory)} GiB "
+            f"a plan may fill {figures.gib(usable)} GiB"
+        )
     return Point(
-        name, world, time["seconds"], time["cost"], tightest["peak"], tightest["usable"], host, _layout(plan)
+        name, world, time["seconds"], time["cost"], tightest["peak"], tightest["usable"], host, usable, _layout(plan),
+        bound, error,
     )  # fmt: skip
 
 
@@ -83,12 +96,18 @@ def curve(points: Sequence[Point]) -> str:
 
 
 def sizes(points: Sequence[Point]) -> str:
-    """Models of a family, small to large, and the largest that fits."""
+    """Models of a family, small to large, the largest that fits, and whose memory holds back the next."""
     rows = [["model", *_HEAD, "ZeRO"]]
     for p in points:
         rows.append([p.name, p.error, "", "", "", "", ""] if p.error is not None else [p.name, *_cells(p), p.layout])
-    fitting = [p for p in points if p.error is None]
-    last = f"largest: {fitting[-1].name}" if fitting else "none of them fits"
+    fitting = [at for at, p in enumerate(points) if p.error is None]
+    last = f"largest: {points[fitting[-1]].name}" if fitting else "none of them fits"
+    after = points[fitting[-1] + 1 if fitting else 0 :]
+    if after and after[0].bound is not None:
+        whose = {"device": "a GPU's memory is too small", "host": "the host's memory is too small"}[after[0].bound]
+        last += f"; {whose} for {after[0].name}"
+    if any(p.error is None and p.host and p.host_usable is None for p in points):
+        last += "\nthe host's memory is not known here: with `--host-memory GIB` offload is held to it"
     return _text(rows) + f"\n{last}\n"
 
 

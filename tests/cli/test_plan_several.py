@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rlhfdsl.cli.main import main
-from rlhfdsl.planning import scaling
+from rlhfdsl.planning import hardware, scaling
 
 RECIPE = "recipes/deepspeed-chat.rlhf"
 BASE = ["plan", RECIPE, "--no-lock", "--gpu", "a100-80g"]
@@ -40,6 +40,32 @@ def test_the_largest_of_a_family(capsys):
     assert "largest: Qwen/Qwen2.5-" in capsys.readouterr().out
 
 
+def test_the_memory_of_the_host_bounds_what_offload_makes_room_for(capsys):
+    """At ZeRO 2 with offload of the optimizer a node holds at least 16 bytes for each parameter that trains."""
+    points = plans(capsys, "--gpus", "1", "--largest", "actor", "--host-memory", "200")
+    bound = {point["name"]: point["bound"] for point in points}
+    assert bound["facebook/opt-2.7b"] is None and bound["facebook/opt-6.7b"] is None
+    large = next(point for point in points if point["name"] == "facebook/opt-13b")
+    assert large["bound"] == "host" and large["host"] > 16 * 13e9 > large["host_usable"] == int(0.9 * (200 << 30))
+    assert main([*BASE, "--gpus", "1", "--largest", "actor", "--host-memory", "200"]) == 0
+    out = capsys.readouterr().out
+    assert "largest: facebook/opt-6.7b; the host's memory is too small for facebook/opt-13b\n" in out
+    assert "GiB of the host of each node, of whose 200.0 GiB a plan may fill 180.0 GiB" in out
+    assert main([*BASE, "--gpus", "1", "--largest", "actor"]) == 0
+    assert "--host-memory GIB" in capsys.readouterr().out  # of a named GPU the host is not known
+
+
+def test_the_host_of_the_machine_whose_gpu_it_is(capsys, monkeypatch):
+    here = hardware.Target("cuda", "a100-80g", hardware.catalog()["a100-80g"]["memory_mib"] << 20, 1, 1, "detected")
+    monkeypatch.setattr(hardware, "detect", lambda: here)
+    monkeypatch.setattr(hardware, "host_memory", lambda: 64 << 30)
+    assert main(["plan", RECIPE, "--no-lock", "--largest", "opt", "--format", "json"]) == 0
+    points = json.loads(capsys.readouterr().out)["plans"]
+    assert {point["host_usable"] for point in points} == {int(0.9 * (64 << 30))}
+    bound = [point["name"].removeprefix("facebook/opt-") for point in points if point["bound"] == "host"]
+    assert bound == ["6.7b", "13b", "30b", "66b", "175b"]
+
+
 def test_families():
     assert scaling.family("gpt2") == [f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")]
     assert scaling.family("Qwen/Qwen2.5-7B-Instruct")[:2] == ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B"]
@@ -57,6 +83,7 @@ def test_no_family_in_place_of_a_model_from_scratch(capsys):
         (["--largest", "optt"], "did you mean `opt`"),
         (["--gpus", "1,0"], "takes a number from 1"),
         (["--gpus", "1,2", "--largest", "opt"], "print a curve"),
+        (["--host-memory", "100"], "goes with --largest"),
     ],
 )
 def test_bad_options(capsys, arguments, said):

@@ -1,5 +1,7 @@
 """Targets: flags over cluster over machine."""
 
+import os
+
 import pytest
 
 from rlhfdsl.planning import hardware
@@ -15,6 +17,16 @@ def test_nvidia_smi():
     unlisted = parse_smi("NVIDIA T4, 15360\n")
     assert (unlisted.gpu, unlisted.memory, unlisted.gpus) == ("NVIDIA T4", 15360 * MIB, 1)
     assert parse_smi("") == parse_smi("No devices were found\n") == CPU
+
+
+def test_a_container_may_have_less_memory_than_its_host(tmp_path, monkeypatch):
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(hardware, "CGROUP", limit)
+    assert hardware.host_memory() == whole
+    for text, expected in (("max\n", whole), ("1073741824\n", 1 << 30)):
+        limit.write_text(text)
+        assert hardware.host_memory() == expected
 
 
 @pytest.mark.parametrize(
