@@ -15,7 +15,7 @@ from rlhfdsl.engines.resting import Resting
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.inputs import forward_inputs, takes
-from rlhfdsl.models.lora import adapters_off, lora_layers
+from rlhfdsl.models.lora import adapters_off, adapters_on_half, lora_layers
 from rlhfdsl.models.scalar import at_last
 
 
@@ -189,6 +189,14 @@ class BasePolicy:
         """The engine's module, with its adapters: to be read only."""
         return self.engine.module
 
+    @property
+    def joins(self) -> bool:
+        """Whether it is read in one forward with the engine's policy: where a forward gathers the weights (ZeRO 3).
+
+        Elsewhere a second forward costs no more than twice the rows do, and leaves micro batches the shape of training.
+        """
+        return self.engine.partitioned
+
     def eval(self) -> None:
         self.engine.eval()
 
@@ -200,6 +208,22 @@ class BasePolicy:
         """Logits [B, T - first, V] of the base for right-padded `ids` [B, T], of the columns from `first` on."""
         with adapters_off(self.layers):
             return self.engine.logits(ids, lengths, first)
+
+
+class BesideBase:
+    """The policy of an engine with adapters for the first half of a batch's rows, and its base for the second half.
+
+    A view in the place of a `PolicyEngine` that does not train.
+    """
+
+    def __init__(self, base: BasePolicy):
+        self.base = base
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, lengths: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Logits [2 B, T - first, V] for right-padded `ids` [2 B, T], of the columns from `first` on."""
+        with adapters_on_half(self.base.layers, ids.numel()):
+            return self.base.engine.logits(ids, lengths, first)
 
 
 class ScalarEngine(Engine):

@@ -76,6 +76,27 @@ def adapters_off(layers: list[LoraLayer]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextlib.contextmanager
+def adapters_on_half(layers: list[LoraLayer], tokens: int) -> Iterator[None]:
+    """While open, adapters add to the first half of a batch's rows; the second half is what the frozen base computes.
+
+    tokens: of the batch, padding counted. Layers see them as [B, T, n] or flattened to [B x T, n]; one that sees them
+    otherwise, as an expert its own, raises RuntimeError. Without gradients only.
+    """
+
+    def halve(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if output.numel() != tokens * output.shape[-1]:
+            raise RuntimeError(f"an adapter sees {tuple(output.shape)} of a batch of {tokens} tokens")
+        output.view(2, -1)[1].zero_()  # not times 0, which would keep what overflows
+
+    hooks = [layer.lora_B[NAME].register_forward_hook(halve) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def merged(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict of the plain model that `model` with its adapters is: base + alpha / rank x B A.
 

@@ -89,6 +89,8 @@ def _place(
     for need in needs:
         if need.shares is not None:
             stages[need.name] = stages[need.shares][0], f"the {need.shares}'s base, with its adapters off"
+    # One forward for an actor and the reference on its base where a forward gathers the weights (engines/engine.py).
+    pair = {x for n in needs if n.shares and rollout and stages[n.name][0] == 3 for x in (n.name, n.shares)}
     averages = {n.name: 4 * n.learns // target.world if n.ema and n.learns else 0 for n in needs}
     known = [s for s in states.values() if s is not None]
     resident = None
@@ -107,7 +109,8 @@ def _place(
         if n.shares is not None:  # with the micro batches of its engine its numbers are those of the frozen base
             n = replace(n, micro=next(p.micro for p in placed if p.need.name == n.shares))
         used = states[n.shares or n.name]
-        placed.append(_settle(n, *stages[n.name], states[n.name], used, averages[n.name], free, scores, target.device))
+        placed.append(_settle(n, *stages[n.name], states[n.name], used, averages[n.name], free, scores, target.device,
+                              n.name in pair))  # fmt: skip
     generate = None if rollout is None else rollout.per_rank if sampling is None else sampling.rows
     kept = 0 if sampling is None else sampling.kept
     if resident is None:
@@ -188,18 +191,26 @@ def _working(
 
 def _settle(
     need: Need, zero: int, reason: str, states: memory.States | None, used_states: memory.States | None,
-    average: int, room: int | None, scores: bool, device: str,
+    average: int, room: int | None, scores: bool, device: str, joint: bool,
 ) -> Placement:  # fmt: skip
     """Checkpointing and micro batch of one engine with `room` bytes beside all that stays, None for unknown.
 
-    used_states: of the engine whose weights it works with, its own or those that it shares.
+    used_states: of the engine whose weights it works with, its own or those that it shares. joint: whether both read a
+    micro batch at once, twice its rows.
     """
     by_tokens = need.micro or largest_divisor(need.per_rank, token_limit(room) // need.tokens)
+
+    def scored(micro: int) -> int:
+        assert used_states is not None
+        return _working(need, zero, used_states, device, False, micro * (2 if joint else 1), False)
 
     def used(checkpointing: bool, micro: int) -> int | None:
         if used_states is None:
             return None
-        return _working(need, zero, used_states, device, checkpointing, micro, need.trains)
+        if not need.trains:
+            return scored(micro)
+        train = _working(need, zero, used_states, device, checkpointing, micro, True)
+        return max(train, scored(micro)) if joint else train
 
     def fits(checkpointing: bool, micro: int) -> bool:
         bytes_used = used(checkpointing, micro)
@@ -213,11 +224,11 @@ def _settle(
     working = {}
     if used_states is not None:
         if scores:
-            working["score"] = _working(need, zero, used_states, device, False, micro, False)
+            working["score"] = scored(micro)
         if need.trains:
             working["train"] = _working(need, zero, used_states, device, checkpointing, micro, True)
     offload = need.offload or "off" if need.shares is None else "off"
-    return Placement(need, zero, offload, reason, checkpointing, micro, states, average, room, working)
+    return Placement(need, zero, offload, reason, checkpointing, micro, states, average, room, working, joint)
 
 
 def token_limit(room: int | None) -> int:

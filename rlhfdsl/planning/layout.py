@@ -89,7 +89,8 @@ class Placement:
     """One engine on a device. `states` is None when the model's numbers are unknown.
 
     reason: why the ZeRO stage is what it is. average: bytes of its moving average. room: bytes left for its micro
-    batch. working: bytes that come and go, by phase.
+    batch. working: bytes that come and go, by phase. joint: whether an engine and the reference that shares its base
+    read each micro batch in one forward, with its rows twice.
     """
 
     need: Need
@@ -102,6 +103,7 @@ class Placement:
     average: int
     room: int | None
     working: dict[str, int]
+    joint: bool = False
 
 
 @dataclass(frozen=True, slots=True)

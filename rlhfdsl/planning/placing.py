@@ -279,7 +279,8 @@ def why(scope: Scope, placed: Placement, item: str) -> Json:
     """Where an engine's micro batch, ZeRO stage and checkpointing come from."""
     need = placed.need
     if need.shares is not None:
-        return {"micro": f"as the {need.shares}'s", "zero": placed.reason}
+        once = ", read in one forward with it" if placed.joint else ""
+        return {"micro": f"as the {need.shares}'s{once}", "zero": placed.reason}
     if need.micro is not None:
         micro = f"as written; {need.per_rank} / {need.micro} = {need.per_rank // need.micro}"
     else:

@@ -91,7 +91,7 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
         train += actor.passes(work.ptx * work.updates, work.length, train=True)
     return {
         "generate": actor.generate(work.sequences, fit.sampling, work.prompt, work.answer),
-        "score": sum(e.passes(work.sequences, whole, said, train=False) + e.woken for e in engines.values()),
+        "score": sum(engine.score(work.sequences, whole, said) for engine in engines.values()),
         "train": train,
     }
 
@@ -153,12 +153,19 @@ class _Clock:
         held = shards.held(self.shape, self.count, tensor)
         return 2.0 * (held - lookup - left) + 4.0 * self.shape.layers * self.shape.q_width / tensor * length
 
-    def passes(self, sequences: float, length: float, said: float = 1.0, *, train: bool) -> float:
+    def score(self, sequences: float, length: float, said: float) -> float:
+        """Seconds of reading `sequences`: of a joint pass of actor and reference all are the actor's."""
+        if not self.placed.joint:
+            return self.passes(sequences, length, said, train=False) + self.woken
+        return 0.0 if self.placed.need.shares else self.passes(sequences, length, said, train=False, copies=2)
+
+    def passes(self, sequences: float, length: float, said: float = 1.0, *, train: bool, copies: int = 1) -> float:
         """Seconds of forward (and backward) passes over `sequences`, in micro batches.
 
-        said: the share of tokens whose logits are needed, those of answers where a policy reads its own.
+        said: the share of tokens whose logits are needed, those of answers where a policy reads its own. copies: times
+        that each row is in its micro batch.
         """
-        need, tokens = self.placed.need, sequences * length
+        need, tokens = self.placed.need, sequences * length * copies
         micros = sequences / (self.placed.micro * need.sequences)
         forwards = 1 + self.placed.checkpointing if train else 1
         products = forwards + (1 if need.lora else 2) * train  # frozen weights need no gradient, their inputs do

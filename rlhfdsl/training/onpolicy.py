@@ -27,7 +27,7 @@ from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Rollout, Sampling
 from rlhfdsl.training import invariants, rollouts
 from rlhfdsl.training.advantages import next_kl_coefficient
-from rlhfdsl.training.experience import Experience, Scored, as_answers
+from rlhfdsl.training.experience import Answers, Experience, Scored, as_answers
 from rlhfdsl.training.losses import kl_estimate
 from rlhfdsl.training.micro import Passes, in_turn, micro_parts
 from rlhfdsl.training.policy import policy_gradients, pretraining_gradients
@@ -160,11 +160,7 @@ class OnPolicy(ABC):
     def score(self, sampled: Rollout) -> Scored:
         """Read sampled answers with actor, reference and reward."""
         answers = as_answers(sampled, self.pad_id)
-        log_probs = []
-        for engine in (self.engines.actor, self.engines.ref):
-            engine.eval()
-            parts = [rows for minibatch in self.parts(answers, engine) for rows in minibatch]
-            log_probs.append(rollouts.read(answers, parts, lambda part, e=engine: self._log_probs(e, part)))
+        log_probs = self._policies(answers)
         self.engines.ref.rest()
         reward = self.engines.reward
         terms = reward.terms(answers) if isinstance(reward, Weighted) else None
@@ -173,11 +169,25 @@ class OnPolicy(ABC):
             **vars(answers), log_probs=log_probs[0], ref_log_probs=log_probs[1], scores=scores, score_terms=terms
         )
 
-    def parts(self, answers: Scored, engine: Engine | BasePolicy) -> list[list[Tensor]]:
+    def _policies(self, answers: Answers) -> Sequence[Tensor]:
+        """Log-probabilities of the answers' tokens under actor and reference, [B, A] each."""
+        actor, ref = self.engines.actor, self.engines.ref
+        actor.eval()
+        ref.eval()
+        parts = [[rows for part in self.parts(answers, engine) for rows in part] for engine in (actor, ref)]
+        if isinstance(ref, BasePolicy) and ref.joins:
+            return rollouts.beside_base(ref, answers, parts[0], self.temperature)
+        return [
+            rollouts.read(answers, own, lambda part, e=engine: self._log_probs(e, part))
+            for engine, own in zip((actor, ref), parts, strict=True)
+        ]
+
+    def parts(self, answers: Answers, engine: Engine | BasePolicy) -> list[list[Tensor]]:
         """The micro batches of each minibatch of the update.
 
         Scoring uses the same: so policy and old policy are compared between passes of one shape, and the ratio of the
-        first update is 1 whatever the type.
+        first update is 1 whatever the type. Only where it reads actor and reference in one pass (ZeRO 3 with LoRA),
+        of rows twice, the two differ by rounding.
         """
         size = self.settings["update"]["minibatch"] // distributed.world()
         return micro_parts(answers.lengths.tolist(), engine.micro, self.longest, size)

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rlhfdsl.engines.engine import BasePolicy, PolicyEngine
+from rlhfdsl.engines.engine import BasePolicy, BesideBase, PolicyEngine
 from rlhfdsl.training.losses import token_statistics
 
 
@@ -32,7 +32,11 @@ class Targets:
 
 
 def target_statistics(
-    engine: PolicyEngine | BasePolicy, ids: Tensor, lengths: Tensor, targets: Targets, temperature: float = 1.0
+    engine: PolicyEngine | BasePolicy | BesideBase,
+    ids: Tensor,
+    lengths: Tensor,
+    targets: Targets,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the target tokens, and entropies of their distributions: fp32 [B, T] each.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhfdsl.data.edge import Prompt
-from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.engine import BasePolicy, BesideBase, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_padded
 from rlhfdsl.engines.rollout.sampling import row_seeds
@@ -44,7 +44,10 @@ def answer_targets(part: Answers) -> Targets:
 
 
 def answer_statistics(
-    engine: PolicyEngine | BasePolicy, part: Answers, temperature: float, targets: Targets | None = None
+    engine: PolicyEngine | BasePolicy | BesideBase,
+    part: Answers,
+    temperature: float,
+    targets: Targets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log p of the answers' tokens given those before them, and the entropy of each: [b, A], 0 outside the mask.
 
@@ -58,6 +61,21 @@ def answer_statistics(
 def answer_values(engine: ScalarEngine, part: Answers) -> Tensor:
     """The scalar of the state before each answer token, [b, A], 0 outside the mask."""
     return at_answers(engine.scalars(part.ids, part.lengths), part.prompt_lengths, part.mask)
+
+
+def beside_base(
+    base: BasePolicy, answers: Answers, parts: Sequence[Tensor], temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log p of the answers' tokens under an engine's policy and under its base, [B, A] each: every micro batch of
+    `parts` is read once, with its rows twice."""
+    count = len(answers)
+    twice = answers.take(torch.arange(count).repeat(2))
+    both = BesideBase(base)
+    log_probs = read(
+        twice, [torch.cat([rows, rows + count]) for rows in parts],
+        lambda part: answer_statistics(both, part, temperature)[0],
+    )  # fmt: skip
+    return log_probs[:count], log_probs[count:]
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ from small import spec
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhfdsl.engines.distributed import world
+from rlhfdsl.engines.engine import BasePolicy, BesideBase
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout import parity
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_padded
 from rlhfdsl.engines.rollout.sampling import row_seeds
+from rlhfdsl.models.inputs import length_mask
 from rlhfdsl.models.lora import add_adapters
 from rlhfdsl.training.experience import answer_mask, at_answers
 
@@ -88,13 +90,16 @@ def tiny_model(name: str, **changes) -> PreTrainedModel:
 
 def tiny(
     name: str, dtype: str = "fp32", zero: int = 0, lr: float = 0.02, device: str = "cpu", lora: dict | None = None,
-    **changes,
+    kept: int | None = None, **changes,
 ) -> HybridEngine:  # fmt: skip
-    """A tiny model of a type on an engine."""
+    """A tiny model of a type on an engine. kept: parameters that ZeRO 3 leaves whole, else all."""
     module = tiny_model(name, **changes).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     if lora is not None:
         add_adapters(module, lora, seed=2, scalar=False)
     entry = spec(dtype=dtype, zero=zero, lr=lr, device=device, lora=lora, world=world())
+    if kept is not None:
+        names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        entry["deepspeed"]["zero_optimization"] |= {f"stage3_{name}": kept for name in names}
     return HybridEngine("actor", entry, module)
 
 
@@ -132,6 +137,22 @@ def learn(engine: HybridEngine) -> None:
     logits = engine.logits(ids, torch.full((4,), 12, device=device))
     engine.backward(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))
     engine.step()
+
+
+def joined(engine: HybridEngine) -> None:
+    """One forward of policy and base says of the same rows what a forward of each does."""
+    ids = torch.randint(0, 255, (4, 12), generator=torch.Generator().manual_seed(7)).to(engine.device)
+    lengths = torch.tensor([12, 9, 5, 12], device=engine.device)
+    base = BasePolicy(spec("ref", trains=False), engine)
+    engine.eval()
+    with torch.no_grad():
+        policy = engine.logits(ids, lengths, 3)
+        alone = base.logits(ids, lengths, 3)
+        both = BesideBase(base).logits(ids.repeat(2, 1), lengths.repeat(2), 3)
+    real = length_mask(lengths, 12)[:, 3:]
+    assert (policy - alone)[real].abs().mean() > 1e-2  # the case is worth something: the adapters have learned
+    for found, expected in zip(both.chunk(2), (policy, alone), strict=True):
+        torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
 def judged(engine: HybridEngine, sampler, prompts=PROMPTS, tokens=24) -> parity.Parity:

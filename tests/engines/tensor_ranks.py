@@ -1,8 +1,8 @@
 """Rollouts over shards of the weights, on the ranks that start this script: `tensor_ranks.py FOLDER DEVICE`.
 
-One launch of two ranks serves every case, since a launch takes longer than most of them. FOLDER/RANK.json gets, for
-each case, what was not as it should be, or null. The cases are collective calls: both ranks go through the same ones in
-the same order, and nothing is asserted before the calls of a case are over.
+One launch of two ranks serves every case, and passes that gather the weights, since a launch takes longer than most of
+them. FOLDER/RANK.json gets, for each case, what was not as it should be, or null. The cases are collective calls: both
+ranks go through the same ones in the same order, and nothing is asserted before the calls of a case are over.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rollouts import LORA, judged, learn, same, sampled, tiny
+from deepspeed.runtime.zero import partition_parameters
+from rollouts import LORA, joined, judged, learn, same, sampled, tiny
+from small import spec
 
 from rlhfdsl.engines import distributed
+from rlhfdsl.engines.engine import BasePolicy, BesideBase
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.engines.rollout.interface import Rollout
@@ -99,6 +102,40 @@ def gate_catches(device: str) -> None:
     assert not found.holds, found
 
 
+def one_forward(name: str, device: str) -> None:
+    """Policy and base in one forward at ZeRO 3, where that gathers the weights once instead of twice."""
+    engine = tiny(name, zero=3, lr=0.1, device=device, lora=LORA, kept=0)
+    learn(engine)
+    joined(engine)
+    base = BasePolicy(spec("ref", trains=False), engine)
+    ids = torch.randint(0, 255, (4, 12), generator=torch.Generator().manual_seed(7)).to(device)
+    lengths = torch.full((4,), 12, device=device)
+    moved: list[int] = []
+    gather = partition_parameters._dist_allgather_fn
+
+    def counted(part, whole, group=None):
+        moved.append(whole.numel())
+        return gather(part, whole, group)
+
+    def of(read: Callable[[], object]) -> int:
+        moved.clear()
+        with torch.no_grad():
+            read()
+        return sum(moved)
+
+    partition_parameters._dist_allgather_fn = counted
+    try:
+        policy = of(lambda: engine.logits(ids, lengths))
+        alone = of(lambda: base.logits(ids, lengths))
+        both = of(lambda: BesideBase(base).logits(ids.repeat(2, 1), lengths.repeat(2)))
+    finally:
+        partition_parameters._dist_allgather_fn = gather
+    adapters = sum(p.ds_numel for p in engine.module.parameters() if p.requires_grad)
+    assert 0 < adapters < policy / 10
+    assert policy - adapters <= alone <= policy, (policy, alone, adapters)
+    assert both == policy, (both, policy)
+
+
 def tolerance(device: str) -> float:
     return 1e-4 if device == "cpu" else 1e-3
 
@@ -107,6 +144,7 @@ def cases(device: str) -> dict[str, Callable[[], None]]:
     found = {name: partial(equal, name, device, zero=3) for name in NAMES}
     found |= {f"{name} with adapters": partial(equal, name, device, zero=3, lr=0.1, lora=LORA) for name in ADAPTED}
     found["llama beside generate"] = partial(equal, "llama", device, EagerSampler, zero=3)
+    found |= {f"{name} and its base in one forward": partial(one_forward, name, device) for name in ADAPTED}
     found |= {f"llama at ZeRO {zero}": partial(equal, "llama", device, zero=zero) for zero in (0, 2)}
     return found | {
         "greedy": partial(greedy, device), "unequal ranks": partial(unequal_ranks, device),

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from rollouts import LORA, joined, tiny
+from rollouts import learn as learn_once
 from small import engine, scratch, spec
 from test_engine import LENGTHS, nll, rollout, some_ids
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -17,6 +19,7 @@ from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.loading import gathered
+from rlhfdsl.models.lora import adapters_on_half, lora_layers
 from rlhfdsl.models.tokenizers import byte_tokenizer
 
 ALL = "all-linear"
@@ -61,6 +64,22 @@ def test_only_adapters_move_and_the_base_stays_a_policy_of_its_own(source, zero,
             assert not torch.allclose(actor.logits(some_ids(), LENGTHS), reference, atol=1e-2)
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in tensors(actor.module, False).items())
     assert not any(torch.equal(tensor, adapters[name]) for name, tensor in tensors(actor.module, True).items())
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "phi3", "gemma2", "gpt2", "gpt_neox", "opt", "opt post-norm", "bloom", "falcon", "mpt"]
+)
+def test_one_forward_reads_policy_and_base(name):
+    policy = tiny(name, lora=LORA)
+    learn_once(policy)
+    joined(policy)
+
+
+def test_a_layer_that_does_not_see_whole_rows_is_no_half():
+    """As the experts of a mixture would see tokens of both halves in an order of their own."""
+    policy = tiny("llama", lora=LORA)
+    with pytest.raises(RuntimeError, match="of a batch of 49 tokens"), adapters_on_half(lora_layers(policy.module), 49):
+        policy.logits(some_ids(), LENGTHS)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,18 @@ from test_memory import saved
 from workshop import HEAD, PAIRS, PIPELINE, gpus
 
 from rlhfdsl.language import load
-from rlhfdsl.planning import compile, hardware, keys, lock, places
+from rlhfdsl.planning import compile, hardware, keys, lock, places, timing
 from rlhfdsl.planning.adapters import Lora, chosen, linears
 from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.families import FAMILIES, GATED
 from rlhfdsl.planning.fit import fit
-from rlhfdsl.planning.layout import Need
-from rlhfdsl.planning.memory import layer_tokens, states
+from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.layout import Need, Rollout
+from rlhfdsl.planning.memory import activations, gathered, layer_tokens, states
+from rlhfdsl.planning.rates import Rates
 from rlhfdsl.planning.render import layout
 from rlhfdsl.planning.render import render as plan_text
-from rlhfdsl.planning.timing import Supervised, seconds
+from rlhfdsl.planning.timing import OnPolicy, Supervised, seconds
 from rlhfdsl.planning.validate import validate_plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,8 +151,10 @@ def test_a_reference_of_other_weights_has_its_own(shop):
 
 def test_zero_of_a_shared_reference_is_the_actors(shop):
     text = ADAPTED.replace("lr = 1e-4, ema", "lr = 1e-4, parallel = parallel.p, ema")
-    _, planned, _ = engines(shop.plan(text + "parallel p { zero = 3 }\n", gpus(4)))
+    stage, planned, memory = engines(shop.plan(text + "parallel p { zero = 3 }\n", gpus(4)))
     assert [planned[name]["zero"] for name in ("actor", "ref", "reward")] == [3, 3, 3]
+    assert stage["batch"]["why"]["ref.micro"] == "as the actor's, read in one forward with it"
+    assert memory["actor"]["working"]["score"] == memory["ref"]["working"]["score"]
 
 
 def test_buckets_hold_what_trains(shop):
@@ -183,6 +188,43 @@ def test_a_training_step_by_hand():
     launched = 4 * (24 * 6 * 2) * rates.forward / 30  # a step's, for each matrix of an adapter
     placed = fit([need], None, one)
     assert seconds(placed, Supervised(512), one) == {"train": pytest.approx(passes + moved / rates.copy + launched)}
+
+
+def placed_pair(zero):
+    """OPT-1.3B with adapters of rank 16 and its base as the reference on 4 GPUs: 16 sequences in 2 micro batches."""
+    entry = shape(lookup("facebook/opt-1.3b"))
+    layers = linears(entry)
+    count = entry.layers * sum(16 * (layer.inputs + layer.outputs) for layer in layers)
+    given = ("bf16", False, True, 16, 1, 512, zero, "off", False, 8, False)
+    lora = Lora({"rank": 16, "dropout": 0.0}, layers, count)
+    actor = Need("actor", entry, parameters(entry) + count, "none", *given, trained=count, lora=lora)
+    ref = replace(actor, name="ref", count=parameters(entry), trains=False, trained=None, lora=None, shares="actor")
+    four = gpus(4)
+    placed = fit([actor, ref], Rollout(16, 256, 512), four)
+    return {p.need.name: p for p in placed.engines}, seconds(placed, OnPolicy(16, 256, 256, 1, 1, 0, 512), four)
+
+
+def test_actor_and_reference_are_one_pass_where_it_gathers(monkeypatch):
+    """Where only gathering takes time, reading both is two gathers of the base at ZeRO 3, one for each micro batch."""
+    rates = Rates(
+        matmul=1e22, train=1.0, copy=1e22, link=1e11, network=1e10, host=1e10, decode=1e-3, forward=0.0,
+        price=None, origin="a test",
+    )  # fmt: skip
+    monkeypatch.setattr(Target, "rates", lambda self, dtype: rates)
+    joint, took = placed_pair(3)
+    count = joint["actor"].need.count
+    assert took["score"] == pytest.approx(2 * (388 * timing.HOOKS + 2 * count * 3 / 4 / 1e11), rel=1e-3)
+    apart, took = placed_pair(2)
+    assert took["score"] < 1e-3 and not apart["actor"].joint and not apart["ref"].joint
+    # Activations are of twice the rows; beside them ZeRO 3 keeps the same weights whole.
+    of_rows = [
+        activations(joint["actor"].need.shape, sequences=rows, length=512, dtype="bf16", trains=False,
+                    checkpointing=False, head="none", eager=False, device="cuda")
+        for rows in (8, 16)
+    ]  # fmt: skip
+    assert apart["actor"].working["score"] == apart["ref"].working["score"] == of_rows[0]
+    whole = gathered(joint["actor"].states, dtype="bf16", zero=3)
+    assert joint["actor"].working["score"] == joint["ref"].working["score"] == of_rows[1] + whole
 
 
 def test_lora_is_named_where_nothing_else_fits(shop):
