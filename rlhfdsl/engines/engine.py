@@ -101,7 +101,8 @@ class Engine:
     def skip(self) -> dict[str, float]:
         """Drop the accumulated gradients of an fp16 engine; what `step` reports of a step that is not made.
 
-        Its loss scale, which nothing was wrong with, stays.
+        Its loss scale, which nothing was wrong with, stays. The update counts for its learning rate, as that of the
+        engine that overflowed does.
         """
         optimizer = self.deepspeed.optimizer
         scale = dict(vars(optimizer.loss_scaler))
@@ -111,6 +112,7 @@ class Engine:
         finally:
             del optimizer.check_overflow
         vars(optimizer.loss_scaler).update(scale)
+        self.updates += 1
         return {"lr": 0.0, "grad_norm": math.inf}
 
     def step(self) -> dict[str, float]:

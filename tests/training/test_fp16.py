@@ -62,6 +62,7 @@ def test_an_overflow_of_one_skips_both(half_on_the_cpu, source, zero, broken):
     victim.backward = backward
     third = trainer.train_step(experience)
     assert third["overflow"] == 0 and changed(actor, before[0]) and changed(critic, before[1])
+    assert actor.updates == critic.updates == 3  # whose learning rates stay those of one schedule
 
 
 @pytest.mark.parametrize("zero", [2])
