@@ -262,7 +262,8 @@ class OnPolicy(ABC):
                 pretraining = ptx[len(history)] if ptx else ()
                 metrics = in_turn(self.gradients(experience, number, pretraining, actor))
                 history.append(metrics | self._step(actor))
-        self._steer(experience)
+        if actor:  # a coefficient that moves nothing is not moved
+            self._steer(experience)
         mean = {key: sum(m[key] for m in history) / len(history) for key in history[0]}
         return mean | {"seconds_train": time.perf_counter() - started}
 

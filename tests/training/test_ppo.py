@@ -8,6 +8,7 @@ from small import engine, scratch, spec
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.data.edge import Example, Prompt
+from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.language.diagnostics import UserError
@@ -227,11 +228,15 @@ def test_micro_size_does_not_change_the_update(source, other_source):
 
 def test_warming_up_the_critic_leaves_the_actor_alone(source, other_source):
     one = trainer(source, other_source)
+    one.average = MovingAverage(one.engines.actor, 0.5)
+    average = {name: tensor.clone() for name, tensor in one.average.shard.items()}
     before = [p.clone() for p in one.engines.actor.module.parameters()]
     critic = [p.clone() for p in one.engines.critic.module.parameters()]
     experience, _ = one.generate_experience(prompts(), [0, 1, 2, 3])
     one.train_step(experience, actor=False)
     assert all(torch.equal(a, b) for a, b in zip(before, one.engines.actor.module.parameters(), strict=True))
+    assert all(torch.equal(tensor, one.average.shard[name]) for name, tensor in average.items())
+    assert one.engines.actor.updates == 0 and one.engines.critic.updates == 1
     assert not all(torch.equal(a, b) for a, b in zip(critic, one.engines.critic.module.parameters(), strict=True))
 
 
@@ -239,6 +244,8 @@ def test_adaptive_kl_moves_the_coefficient(source, other_source):
     one = trainer(source, other_source, settings(kl={"target": 1e-3, "horizon": 100}))
     experience, metrics = one.generate_experience(prompts(), [0, 1, 2, 3])
     assert metrics["kl"] > 2e-3
+    one.train_step(experience, actor=False)
+    assert one.kl_coefficient == 0.3  # while the critic warms up
     one.train_step(experience)
     assert one.kl_coefficient == pytest.approx(0.3 * (1 + 0.2 * 4 / 100))  # the error is cut to 0.2; 4 answers
 
