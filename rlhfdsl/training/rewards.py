@@ -7,6 +7,7 @@ and whatever is wrong with it ends the run: a score that is missing or not a num
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import math
 import sys
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rlhfdsl.engines.engine import ScalarEngine
-from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.training.experience import Answers
 from rlhfdsl.training.micro import micro_parts
 from rlhfdsl.training.rollouts import read
@@ -179,6 +180,8 @@ def endpoint(url: str, timeout: float) -> Function:
                 text = response.read()
         except urllib.error.HTTPError as error:
             raise failed(f"answered {error.code} {error.reason}") from error
+        except http.client.HTTPException as error:
+            raise failed(f"gave no whole answer: {first_line(error)}") from error
         except TimeoutError as error:
             raise failed(f"took longer than {timeout:g} s") from error
         except (OSError, ValueError) as error:

@@ -99,6 +99,8 @@ class Server(BaseHTTPRequestHandler):
         if self.path == "/late":
             time.sleep(0.6)
         self.send_response(500 if self.path == "/broken" else 200)
+        if self.path == "/cut":
+            self.send_header("Content-Length", "1000")
         self.end_headers()
         self.wfile.write(b"<html>" if self.path == "/html" else json.dumps(replies.get(self.path)).encode())
 
@@ -127,6 +129,7 @@ def test_an_endpoint_gives_scores(served):
     [
         ("/broken", "E0742", "answered 500 Internal Server Error"),
         ("/late", "E0742", "took longer than 0.3 s"),
+        ("/cut", "E0742", "gave no whole answer: IncompleteRead(4 bytes read, 996 more expected)"),
         ("/html", "E0743", "gave b'<html>', not"),
         ("/else", "E0743", "gave b'[1]', not"),
         ("/short", "E0743", "gave 1 scores for 2 answers"),
