@@ -18,7 +18,8 @@ from rlhfdsl.engines.ports import free_port
 from rlhfdsl.running.metrics import read_metrics
 
 ZERO = ("0", "2", "3")
-ADAPTED = RECIPE + """
+# With this seed a quarter of the later answers end early, so that the ranks have unequally many tokens.
+ADAPTED = RECIPE.replace("seed     = 3", "seed     = 9") + """
 stage ppo adapted {
   data     = blend.all
   rollouts = 3
@@ -91,6 +92,13 @@ def curves(run: Path) -> dict[tuple, float]:
                 if event.get(name) is not None:
                     found[stage, number, event["event"], name] = event[name]
     return found
+
+
+def test_answers_are_of_unequal_lengths(runs):
+    """The case is worth something: a mean over a rank's tokens is not one over all."""
+    for stage in ("ppo", "adapted"):
+        updates = [e for e in read_metrics(runs / "1-0" / stage / "metrics.jsonl") if e["event"] == "update"]
+        assert 0.2 < max(update["ended"] for update in updates) < 0.5
 
 
 @pytest.mark.parametrize("run", [f"{gpus}-{zero}" for gpus in (1, 2) for zero in ZERO if (gpus, zero) != (1, "0")])
