@@ -1,8 +1,11 @@
 """Projections of one input as one product, over the weights that train."""
 
+from functools import partial
+
 import pytest
 import torch
 from rollouts import learn, sampled, tiny
+from torch.nn import functional
 
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.fusing import fused, products
@@ -28,6 +31,16 @@ def test_siblings_in_a_flat_buffer_are_one_product(name, groups):
             torch.testing.assert_close(logits(engine), expected, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(logits(engine), expected)  # as it was
         learn(engine)
+
+
+def test_products_are_torchs_own_for_the_time(monkeypatch):
+    """After an engine at ZeRO 3 `linear` is DeepSpeed's, which no capture should hold."""
+    engine = tiny("llama")
+    other = partial(torch._C._nn.linear)
+    monkeypatch.setattr(functional, "linear", other)
+    with fused(engine.module, compiled=False):
+        assert functional.linear is torch._C._nn.linear
+    assert functional.linear is other
 
 
 def test_weights_apart_stay_apart():

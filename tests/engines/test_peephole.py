@@ -78,6 +78,9 @@ def test_what_follows_goes_along_and_what_does_not_is_not_taken(slow):
     torch.testing.assert_close(out, functional.relu(LAYER(X) + X))
     torch.testing.assert_close(wide, LAYER(X) + X[0])
     assert slow.calls[1:] == [(None, True), (None, False)]
+    with Peephole(slow):
+        twice = torch.add(LAYER(X), X, alpha=2)
+    torch.testing.assert_close(twice, LAYER(X) + 2 * X)
 
 
 @torch.no_grad()

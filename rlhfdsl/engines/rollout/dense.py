@@ -22,6 +22,8 @@ ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 def takes_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether `product` is meant for these."""
+    if weight.dim() != 2:
+        return False
     n, k = weight.shape
     return (
         x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == x.dtype

@@ -55,6 +55,8 @@ def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
         restore.append(partial(setattr, holder, name, before) if own else partial(delattr, holder, name))
 
     try:
+        # DeepSpeed leaves a `linear` of its own in torch after an engine at ZeRO 3: more kernels, and gradients
+        patch(functional, "linear", torch._C._nn.linear, True)
         for product in products(model):
             for layer in product.layers:
                 patch(layer, "forward", partial(product.part, layer), False)

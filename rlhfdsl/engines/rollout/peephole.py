@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -116,9 +115,9 @@ class Peephole(TorchFunctionMode):
         waiting.activation = name
         return waiting.then(function)
 
-    def add(self, left: Any, right: Any) -> torch.Tensor | None:
+    def add(self, left: Any, right: Any, **scaled: Any) -> torch.Tensor | None:
         waiting = self.waiting
-        if waiting is None or waiting.seen or waiting.added is not None:
+        if waiting is None or waiting.seen or waiting.added is not None or scaled:
             return None
         other = right if left is waiting.last else left if right is waiting.last else None
         if not isinstance(other, torch.Tensor) or other is waiting.last:
@@ -128,11 +127,11 @@ class Peephole(TorchFunctionMode):
         waiting.added = other
         return waiting.then(lambda value: value + other)
 
-    def view(self, function: Callable[..., torch.Tensor], input: torch.Tensor, *shape: Any) -> torch.Tensor | None:
+    def view(self, function: Callable[..., torch.Tensor], input: Any, *shape: Any, **named: Any) -> torch.Tensor | None:
         if self.waiting is None or input is not self.waiting.last:
             return None
         self.waiting.seen = True
-        return function(input, *shape)
+        return function(input, *shape, **named)
 
     def dropout(
         self, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -166,14 +165,8 @@ def _gelu(mode: Peephole, input: torch.Tensor, *, approximate: str = "none") -> 
     return mode.activation(name, lambda value: functional.gelu(value, approximate=approximate), input)
 
 
-def _view(
-    function: Callable[..., torch.Tensor], mode: Peephole, input: torch.Tensor, *shape: Any
-) -> torch.Tensor | None:
-    return mode.view(function, input, *shape)
-
-
 _RULES: dict[Any, Callable[..., torch.Tensor | None]] = {
-    functional.linear: Peephole.linear,
+    torch._C._nn.linear: Peephole.linear,  # `functional.linear` may be DeepSpeed's by now
     functional.dropout: Peephole.dropout,
     functional.layer_norm: Peephole.layer_norm,
     functional.relu: _relu,
@@ -184,6 +177,6 @@ _RULES: dict[Any, Callable[..., torch.Tensor | None]] = {
     torch.Tensor.add: Peephole.add,
     torch.Tensor.__add__: Peephole.add,
     torch.Tensor.__radd__: Peephole.add,
-    torch.Tensor.view: partial(_view, torch.Tensor.view),
-    torch.Tensor.reshape: partial(_view, torch.Tensor.reshape),
+    torch.Tensor.view: lambda mode, *args, **named: mode.view(torch.Tensor.view, *args, **named),
+    torch.Tensor.reshape: lambda mode, *args, **named: mode.view(torch.Tensor.reshape, *args, **named),
 }
