@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 
 from rlhfdsl.planning import timing
 from rlhfdsl.planning.adapters import Lora, linears
-from rlhfdsl.planning.fit import fit
+from rlhfdsl.planning.fit import fit, offload_of
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Need, Rollout
 from rlhfdsl.planning.timing import Work
 
 MOST_GPUS = 64  # times as many as asked for
 RANK = 16
-_OF_FROZEN = {"both": "params", "idle": "idle"}  # what an offload means for an engine that does not train; else off
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +122,11 @@ def _steps(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Ne
 def _with(need: Need, zero: int | None, offload: str | None, checkpointing: bool | None) -> Need:
     """An engine under the settings of a `parallel` block; one that infers shards its weights at stage 3 only."""
     stage = need.zero if zero is None else max(zero, need.zero or 0)
+    moved = need.offload if offload is None else offload_of(need, offload)
     if not need.trains:
-        moved = need.offload if offload is None else _OF_FROZEN.get(offload, "off")
         return replace(need, zero=3 if stage == 3 else need.zero, offload=moved)
     return replace(
-        need, zero=stage, offload=need.offload if offload in (None, "idle") else offload,
+        need, zero=stage, offload=moved,
         checkpointing=need.checkpointing if checkpointing is None else checkpointing,
     )  # fmt: skip
 
@@ -145,12 +144,11 @@ def _grid(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Nee
             for shared in (False, True) if target.world > 1 and zero < 3 else (zero == 3 and target.world > 1,):
                 variant = [
                     replace(
-                        n, zero=zero, offload="off" if offload == "idle" else offload, checkpointing=checkpointing,
-                        micro=None,
+                        n, zero=zero, offload=offload_of(n, offload), checkpointing=checkpointing, micro=None
                     ) if n.trains
                     else replace(
                         n, zero=3 if shared or offload == "both" else 0,
-                        offload="off" if shared and offload == "idle" else _OF_FROZEN.get(offload, "off"), micro=None,
+                        offload="off" if shared and offload == "idle" else offload_of(n, offload), micro=None,
                     )
                     for n in needs
                 ]  # fmt: skip

@@ -82,7 +82,7 @@ def _levels(needs: Sequence[Need], target: Target, samples: bool) -> Iterator[tu
 def _place(
     needs: Sequence[Need], rollout: Rollout | None, target: Target, train: int, infer: int, offload: str, word: str
 ) -> Fit:
-    needs = [replace(n, offload=_offload(n, offload)) if n.offload is None else n for n in needs]
+    needs = [replace(n, offload=offload_of(n, offload)) if n.offload is None else n for n in needs]
     actor = next((n.zero for n in needs if n.name == "actor" and n.zero is not None), None)
     stages = {n.name: _stage(n, target, train, infer, actor, word) for n in needs}
     states = {n.name: _states(n, stages[n.name][0], target) for n in needs}
@@ -124,8 +124,8 @@ def _place(
     return Fit(tuple(placed), generate, sampling, tuple(phases), usable)
 
 
-def _offload(need: Need, offload: str) -> str:
-    """What an engine without a say moves to the host at a level of `fit`."""
+def offload_of(need: Need, offload: str) -> str:
+    """What an engine moves to the host where its stage, or its `parallel` block, says `offload`."""
     if need.trains:
         return "off" if offload == "idle" else offload
     return {"both": "params", "idle": "idle"}.get(offload, "off")
