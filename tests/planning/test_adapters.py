@@ -9,7 +9,7 @@ import pytest
 from shapes import config_of, tiny
 from test_catalog import SMALLEST
 from test_memory import saved
-from workshop import HEAD, PAIRS, PIPELINE, gpus
+from workshop import HEAD, PAIRS, PIPELINE, gpus, rates_of
 
 from rlhfdsl.language import load
 from rlhfdsl.planning import compile, hardware, keys, lock, places, timing
@@ -17,10 +17,8 @@ from rlhfdsl.planning.adapters import Lora, chosen, linears
 from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.families import FAMILIES, GATED
 from rlhfdsl.planning.fit import fit
-from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Need, Rollout
 from rlhfdsl.planning.memory import activations, gathered, layer_tokens, states
-from rlhfdsl.planning.rates import Rates
 from rlhfdsl.planning.render import layout
 from rlhfdsl.planning.render import render as plan_text
 from rlhfdsl.planning.timing import OnPolicy, Supervised, seconds
@@ -206,11 +204,7 @@ def placed_pair(zero):
 
 def test_actor_and_reference_are_one_pass_where_it_gathers(monkeypatch):
     """Where only gathering takes time, reading both is two gathers of the base at ZeRO 3, one for each micro batch."""
-    rates = Rates(
-        matmul=1e22, train=1.0, copy=1e22, link=1e11, network=1e10, host=1e10, decode=1e-3, forward=0.0,
-        price=None, origin="a test",
-    )  # fmt: skip
-    monkeypatch.setattr(Target, "rates", lambda self, dtype: rates)
+    rates_of(monkeypatch)
     joint, took = placed_pair(3)
     count = joint["actor"].need.count
     assert took["score"] == pytest.approx(2 * (388 * timing.HOOKS + 2 * count * 3 / 4 / 1e11), rel=1e-3)

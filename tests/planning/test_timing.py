@@ -1,13 +1,14 @@
 """Seconds against numbers worked by hand, and against figures that were measured on one H100."""
 
 import pytest
+from workshop import rates_of
 
 from rlhfdsl.planning import hardware, timing
 from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.fit import fit
 from rlhfdsl.planning.hardware import MIB, Target
 from rlhfdsl.planning.layout import Need, Rollout
-from rlhfdsl.planning.rates import TRAIN, Rates, of_catalog, of_profile
+from rlhfdsl.planning.rates import TRAIN, of_catalog, of_profile
 from rlhfdsl.planning.timing import OnPolicy, Supervised, seconds
 
 H100 = Target("cuda", "h100-80g", 81559 * MIB, 1, 1, "--gpu")
@@ -46,11 +47,7 @@ def test_an_iteration_is_near_what_others_measured():
 
 
 def test_a_training_step_by_hand(monkeypatch):
-    rates = Rates(
-        matmul=1e14, train=0.5, copy=1e12, link=1e11, network=1e10, host=1e10, decode=1e-3, forward=0.0,
-        price=None, origin="a test",
-    )  # fmt: skip
-    monkeypatch.setattr(Target, "rates", lambda self, dtype: rates)
+    rates_of(monkeypatch, matmul=1e14, train=0.5, copy=1e12)
     entry = shape(lookup("facebook/opt-1.3b"))
     count = parameters(entry)
     tokens = 8 * 512
@@ -76,11 +73,7 @@ def test_a_training_step_by_hand(monkeypatch):
 
 def test_a_step_over_shards_by_hand(monkeypatch):
     """4 of 8 devices share OPT-1.3B: each reads a fourth of its layers for 4 x 16 sequences and sums them twice."""
-    rates = Rates(
-        matmul=1e18, train=1.0, copy=1e12, link=1e11, network=1e10, host=1e10, decode=1e-3, forward=0.0,
-        price=None, origin="a test",
-    )  # fmt: skip
-    monkeypatch.setattr(Target, "rates", lambda self, dtype: rates)
+    rates_of(monkeypatch, matmul=1e18, copy=1e12)
     eight = Target("cuda", "h100-80g", 81559 * MIB, 1, 8, "--gpus")
     count = parameters(shape(lookup("facebook/opt-1.3b")))
     layers = 24 * 12 * 2048**2  # matrices of 4 and 8 times the square of the width
@@ -106,11 +99,7 @@ def one_gpu(zero, **changed):
 
 def test_a_host_launches_layers_and_tensors(monkeypatch):
     """388 tensors: 16 of each layer, two tables and the last norm. A layer's 3 ms are 30 launches."""
-    rates = Rates(
-        matmul=1e18, train=0.5, copy=1e18, link=1e11, network=1e10, host=1e10, decode=1e-3, forward=3e-3,
-        price=None, origin="a test",
-    )  # fmt: skip
-    monkeypatch.setattr(Target, "rates", lambda self, dtype: rates)
+    rates_of(monkeypatch, matmul=1e18, train=0.5, copy=1e18, forward=3e-3)
     micro = 3 * 24 * 3e-3 + 3 * 388 * 1e-4
     assert one_gpu(1) == pytest.approx(4 * micro + 4 * 388 * 1e-4, rel=1e-4)
     assert one_gpu(3) == pytest.approx(4 * (micro + 2 * 388 * timing.HOOKS) + 4 * 388 * 1e-4, rel=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 from rlhfdsl.language import Diagnostic, Recipe, load, render
 from rlhfdsl.planning import compile, lock
 from rlhfdsl.planning.hardware import MIB, Target
+from rlhfdsl.planning.rates import Rates
 
 CPU = Target("cpu", None, None, 1, 1, "detected")
 HEAD = 'recipe "t" { seed = 1 }\n'
@@ -43,6 +44,14 @@ stage ppo {
 def gpus(count: int, gib: int | None = 80, nodes: int = 1) -> Target:
     """`count` devices of `gib` GiB on each of `nodes`."""
     return Target("cuda", "a100-80g", None if gib is None else gib * 1024 * MIB, nodes, count, "--gpus")
+
+
+def rates_of(monkeypatch, **changed: float) -> None:
+    """Give every target round rates; what is not given of products, memory and launches takes no time."""
+    given = {"matmul": 1e22, "train": 1.0, "copy": 1e22, "link": 1e11, "network": 1e10, "host": 1e10, "decode": 1e-3,
+             "forward": 0.0, "price": None, "origin": "a test"}  # fmt: skip
+    rates = Rates(**given | changed)
+    monkeypatch.setattr(Target, "rates", lambda self, dtype: rates)
 
 
 def edge_facts(used: int, rows: int | None = None, **dropped: int) -> dict[str, Any]:
