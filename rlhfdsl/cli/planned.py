@@ -226,7 +226,10 @@ def _price(text: str) -> float:
 
 def positive(text: str) -> int:
     """A number from 1 of an option."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError("takes a number from 1")
+        raise argparse.ArgumentTypeError(f"takes a number from 1, not `{text}`")
     return value

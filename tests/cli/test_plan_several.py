@@ -82,6 +82,7 @@ def test_no_family_in_place_of_a_model_from_scratch(capsys):
     [
         (["--largest", "optt"], "did you mean `opt`"),
         (["--gpus", "1,0"], "takes a number from 1"),
+        (["--gpus", "two"], "takes a number from 1, not `two`"),
         (["--gpus", "1,2", "--largest", "opt"], "print a curve"),
         (["--host-memory", "100"], "goes with --largest"),
     ],
