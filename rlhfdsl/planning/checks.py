@@ -7,7 +7,7 @@ nearest value that works. CODES lists every code of this part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
@@ -23,6 +23,7 @@ from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work
 
 if TYPE_CHECKING:
+    from rlhfdsl.planning.layout import Need
     from rlhfdsl.planning.placing import Part
 
 CODES = {
@@ -99,45 +100,75 @@ def engine(problems: Problems, where: Target, model: Model, part: Part) -> None:
         return
     block = problems.recipe.blocks[parallel.address]
     zero, offload = block["zero"], block["offload"] or "off"
-    if offload == "idle" and zero == 3:
-        problems.report(
-            "E0711", "offload = idle moves whole weights, and zero is 3", f"{block.address}.offload",
-            also=[(f"{block.address}.zero", "stage 3 keeps them in shards")], help="offload = params, or another stage",
-        )  # fmt: skip
-    if not part.trains:
-        return
-    user = [(f"{part.at}.parallel", f"the {part.name} is in {dtype}")]
-    if zero == 0 and dtype != "fp32":
-        problems.report(
-            "E0711", f"ZeRO 0 cannot sum the gradients of {dtype} weights in fp32", f"{block.address}.zero",
-            also=user, help="zero = 1, which on one GPU is the same with fp32 sums",
-        )  # fmt: skip
-    if block["nvme"] is not None and offload in ("off", "idle"):
-        problems.report(
-            "E0711", "`nvme` has no effect: nothing is offloaded", f"{block.address}.nvme", help="offload = optimizer"
-        )
-    elif block["nvme"] is not None and zero not in ("auto", 3):
-        problems.report(
-            "E0711", f"offload to NVMe needs ZeRO 3, and zero is {zero}", f"{block.address}.nvme",
-            also=[(f"{block.address}.zero", f"stage {zero}")], help="zero = 3",
-        )  # fmt: skip
-        return
-    if offload == "off":
-        return
-    if where.device == "cpu":
+    if where.device == "cpu" and offload != "off":
         problems.report(
             "E0711", "offload has no effect on a CPU", f"{block.address}.offload",
             notes=[f"the target is cpu ({where.origin})"], help="leave offload out",
         )  # fmt: skip
-    elif offload in ("params", "both") and zero not in ("auto", 3):
+    elif offload == "idle" and zero == 3:
+        problems.report(
+            "E0711", "offload = idle moves whole weights, and zero is 3", f"{block.address}.offload",
+            also=[(f"{block.address}.zero", "stage 3 keeps them in shards")], help="offload = params, or another stage",
+        )  # fmt: skip
+    if zero == 0 and dtype != "fp32" and part.trains:
+        problems.report(
+            "E0711", f"ZeRO 0 cannot sum the gradients of {dtype} weights in fp32", f"{block.address}.zero",
+            also=[(f"{part.at}.parallel", f"the {part.name} is in {dtype}")],
+            help="zero = 1, which on one GPU is the same with fp32 sums",
+        )  # fmt: skip
+    if block["nvme"] is not None and part.trains:
+        if offload in ("off", "idle"):
+            problems.report(
+                "E0711", "`nvme` has no effect: nothing is offloaded", f"{block.address}.nvme",
+                help="offload = optimizer",
+            )  # fmt: skip
+        elif zero not in ("auto", 3):
+            problems.report(
+                "E0711", f"offload to NVMe needs ZeRO 3, and zero is {zero}", f"{block.address}.nvme",
+                also=[(f"{block.address}.zero", f"stage {zero}")], help="zero = 3",
+            )  # fmt: skip
+            return
+    if where.device == "cpu":
+        return
+    # The stages 1 and 2 are of what trains: beside them the parameters of an engine that infers can be in shards.
+    whole = zero in ((0, 1, 2) if part.trains else (0,))
+    if offload in ("params", "both") and whole:
         problems.report(
             "E0711", f"offload = {offload} needs ZeRO 3, and zero is {zero}", f"{block.address}.offload",
             also=[(f"{block.address}.zero", f"stage {zero} keeps the parameters whole")], help="zero = 3",
         )  # fmt: skip
-    elif offload == "optimizer" and zero == 0:
+    elif offload == "optimizer" and zero == 0 and part.trains:
         problems.report(
             "E0711", "offload = optimizer needs ZeRO 1, 2 or 3, and zero is 0", f"{block.address}.offload",
             also=[(f"{block.address}.zero", "stage 0")], help="zero = 2",
+        )  # fmt: skip
+
+
+def offload(problems: Problems, where: Target, asked: Sequence[tuple[Part, Need]]) -> None:
+    """A `parallel` block whose offload none of the engines that name it can have.
+
+    Engines of every kind may share a block, in which each finds what is for it.
+    """
+    for block in problems.recipe.of_kind("parallel"):
+        offload, users = block["offload"] or "off", []
+        for part, need in asked:
+            named = None if part.group is None else part.group["parallel"]
+            if named is not None and named.address == block.address:
+                users.append((part, need))
+        moved = any(need.offload != "off" for _, need in users)
+        # `engine` has said what is wrong with the ZeRO stage beside it.
+        refused = offload != "optimizer" and block["zero"] == (3 if offload == "idle" else 0)
+        if offload == "off" or not users or moved or refused or where.device == "cpu":
+            continue
+        keeps = "is in use all through its stage" if offload == "idle" else "does not train"
+        problems.report(
+            "E0711", f"offload = {offload} has no effect: none of its engines can have it",
+            f"{block.address}.offload",
+            also=[
+                (f"{part.at}.parallel", f"the {part.name} {'trains' if part.trains else keeps}") for part, _ in users
+            ],
+            help="offload = idle is for the `ref` and `reward` of a ppo, grpo or rloo stage" if offload == "idle"
+            else "leave offload out",
         )  # fmt: skip
 
 

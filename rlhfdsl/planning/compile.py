@@ -53,6 +53,7 @@ def compile(
     for block in recipe.stages:
         make = onpolicy.on_policy if "actor" in block.blocks else stages.supervised
         planned.append(make(scope, block, f"{output}/{block.address.removeprefix('stage.')}"))
+    checks.offload(problems, target, scope.asked)
     if problems.failed:
         return None, tuple(problems.found)
     return {

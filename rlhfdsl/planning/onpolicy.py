@@ -72,7 +72,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     whole = checks.minibatches(scope.problems, at, rollout["batch"], rollout["answers"], minibatch)
     if None in ranks or whole is None:
         return None
-    per_rank, train = sequences // world, minibatch // world
+    per_rank, train, each = sequences // world, minibatch // world, update["epochs"] * whole
     ptx_rank = ranks[2] or 0
     sized = [replace(part, per_rank=train if part.trains else per_rank) for part in parts]
     wanted, _ = capabilities.choose(
@@ -80,7 +80,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     )
     work = timing.OnPolicy(
         sequences=per_rank, prompt=mean(edges["train"], rollout["prompt"]), answer=rollout["answer"],
-        updates=update["epochs"] * whole, passes=update["epochs"], ptx=ptx_rank, length=length,
+        updates=each, passes=update["epochs"], ptx=ptx_rank, length=length,
     )  # fmt: skip
     tensor = course.tensor(scope.problems, scope.target, at, rollout["tensor"], model.shape)
     sampling = Rollout(
@@ -95,14 +95,12 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     epochs = None if block["rollouts"] is not None else block["epochs"]
     run = None if rows is None else run_length(rows, rollout["batch"], epochs or 1, block["rollouts"])
     rollouts = run.updates if run else block["rollouts"]
-    each = update["epochs"] * whole
     updates = None if rollouts is None else rollouts * each
     late = critic["warmup_rollouts"] if critic is not None else 0
-    if run is not None:
+    if rows is not None and run is not None:
         size = f"{at}.rollout.batch"
-        rows_of = rows or 0
-        checks.has_updates(scope.problems, scope.target, size, run.per_epoch, rows_of, rollout["batch"], "prompts")
-        course.tail(scope.problems, size, run.dropped_tail, rows or 0, rollout["batch"], "prompts")
+        checks.has_updates(scope.problems, scope.target, size, run.per_epoch, rows, rollout["batch"], "prompts")
+        course.tail(scope.problems, size, run.dropped_tail, rows, rollout["batch"], "prompts")
     course.critic_warmup(scope.problems, f"{at}.critic.warmup_rollouts", late, rollouts)
     course.interval(scope.problems, block, rollouts, "rollouts")
     own = {"actor": None if rollouts is None else max(0, rollouts - late) * each, "critic": updates}

@@ -4,7 +4,7 @@ memory, time and reasons of the whole."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,10 @@ FASTEST = "derived: the fastest that fits"
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What every stage of a recipe is planned with. fit: lay it out the fastest way, whatever is written."""
+    """What every stage of a recipe is planned with. fit: lay it out the fastest way, whatever is written.
+
+    asked: what every engine so far asks of a device.
+    """
 
     recipe: Recipe
     lock: Mapping[str, Any]
@@ -46,6 +49,7 @@ class Scope:
     problems: Problems
     models: Mapping[str, Model]
     fit: bool = False
+    asked: list[tuple[Part, Need]] = field(default_factory=list)
 
     def model(self, reference: Reference) -> Model:
         """The model whose architecture and tokenizer the weights behind a reference have."""
@@ -104,6 +108,7 @@ def place(scope: Scope, at: str, parts: Sequence[Part], rollout: Rollout | None,
             checks.micro(scope.problems, f"{parallel.address}.micro", part, micro)
             return None
         needs.append(_need(scope, part, parallel, micro, rollout is not None))
+    scope.asked.extend(zip(parts, needs, strict=True))
     best = advice.fastest(needs, rollout, scope.target, work) if scope.fit else None
     seconds = partial(timing.whole, work, scope.target)
     placed = fit(needs, rollout, scope.target, seconds) if best is None else best.fit

@@ -65,9 +65,9 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
     epochs = None if block["steps"] is not None else block["epochs"]
     run = None if rows is None else run_length(rows, batch, epochs or 1, block["steps"])
     updates = run.updates if run else block["steps"]
-    if run is not None:
-        checks.has_updates(scope.problems, scope.target, f"{at}.batch", run.per_epoch, rows or 0, batch, item)
-        course.tail(scope.problems, f"{at}.batch", run.dropped_tail, rows or 0, batch, item)
+    if rows is not None and run is not None:
+        checks.has_updates(scope.problems, scope.target, f"{at}.batch", run.per_epoch, rows, batch, item)
+        course.tail(scope.problems, f"{at}.batch", run.dropped_tail, rows, batch, item)
     course.interval(scope.problems, block, updates, "updates")
     accumulation = per_rank // only.micro
     batches: Json = {

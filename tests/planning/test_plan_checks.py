@@ -268,6 +268,45 @@ def test_offload_of_the_optimizer_needs_zero(shop):
     assert said(found) == ("E0711", "offload = optimizer needs ZeRO 1, 2 or 3, and zero is 0", "zero = 2")
 
 
+DPO = "stage dpo { model = stage.sft, data = data.pairs, batch = 8, length = 64, lr = 1e-4, ref { model = model.o } }\n"
+RL = PIPELINE.replace("model.tiny", "model.o").replace(TINY, 'model o { from = "facebook/opt-125m" }\n') + DPO
+
+
+@pytest.mark.parametrize(
+    ("stage", "engines", "offload", "labels"),
+    [
+        ("sft", ["batch = 16,"], "idle", ["the policy trains"]),
+        ("ppo", ["actor {", "critic {"], "idle", ["the actor trains", "the critic trains"]),
+        ("ppo", ["reward {"], "optimizer", ["the reward does not train"]),
+        ("dpo", ["ref {"], "idle", ["the ref is in use all through its stage"]),
+    ],
+)  # fmt: skip
+def test_offload_that_nothing_can_have(shop, stage, engines, offload, labels):
+    before, at, text = RL.partition(f"stage {stage} ")
+    for engine in engines:
+        text = text.replace(engine, f"{engine} parallel = parallel.p, ", 1)
+    found = shop.problem(f"{before}{at}{text}parallel p {{ offload = {offload} }}\n", gpus(1))
+    assert said(found)[:2] == ("E0711", f"offload = {offload} has no effect: none of its engines can have it")
+    assert (shop.text_at(found), [label.text for label in found.secondary]) == (offload, labels)
+
+
+def test_offload_of_a_block_that_engines_share(shop):
+    """Each finds in it what is for it, so that one that can have it is enough."""
+    text = RL
+    for engine in ("  actor {", "  reward {"):
+        text = text.replace(engine, f"{engine} parallel = parallel.p,")
+    for offload in ("idle", "optimizer", "both"):
+        shop.plan(f"{text}parallel p {{ offload = {offload} }}\n", gpus(1))
+
+
+def test_offload_of_engines_that_infer(shop):
+    text = RL.replace("  reward {", "  reward { parallel = parallel.p,")
+    found = shop.problem(text + "parallel p { offload = idle }\n", CPU)
+    assert said(found)[:2] == ("E0711", "offload has no effect on a CPU")
+    found = shop.problem(text + "parallel p { offload = params, zero = 0 }\n", gpus(1))
+    assert said(found)[:2] == ("E0711", "offload = params needs ZeRO 3, and zero is 0")
+
+
 def test_memory(shop):
     text = HEAD + 'model big { from = "facebook/opt-13b" }\n' + PAIRS + "parallel p { offload = off }\n"
     text += "stage sft { model = model.big, data = data.pairs, batch = 8, length = 512, lr = 1e-5\n"

@@ -132,6 +132,7 @@ def test_what_is_written_for_training_does_not_bind_inference(shop):
     """ZeRO 1 and 2 shard what an engine that only infers does not have, so its stage is derived."""
     text = PIPELINE + "parallel p { zero = 2, offload = optimizer }\n"
     text = text.replace("model = stage.reward }", "model = stage.reward, parallel = parallel.p }")
+    text = text.replace("lr = 1e-4 }\n  critic", "lr = 1e-4, parallel = parallel.p }\n  critic")
     reward = stage(shop.plan(text, gpus(2)), "stage.ppo")["engines"]["reward"]
     assert (reward["zero"], reward["offload"]) == (0, "off")
     assert "optimizer" not in reward["deepspeed"]
@@ -194,7 +195,7 @@ def test_frozen_engines_rest_on_the_host_before_anything_that_trains_leaves(shop
 
 
 def test_idle_is_of_frozen_engines(shop):
-    """Beside those that train, and in a stage that does not sample, it says nothing."""
+    """In a block that engines share, it says nothing of those that train."""
     text = LARGE + "parallel p { offload = idle }\n"
     text = text.replace("model = stage.reward }", "model = stage.reward, parallel = parallel.p }")
     text = text.replace("lr = 1e-4 }\n  critic", "lr = 1e-4, parallel = parallel.p }\n  critic")
