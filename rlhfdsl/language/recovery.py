@@ -152,8 +152,9 @@ class _Recovery:
         depth = 0
         opener = self.innermost()
         whole = opener is None or opener.type == "LBRACE"
-        if whole and not resume_here and "_NL" in self.parser.accepts():
-            # What stands before is complete: it is kept, and only the rest of the line is dropped.
+        if whole and not resume_here and self.text[at] != "=" and "_NL" in self.parser.accepts():
+            # What stands before is complete: it is kept, and only the rest of the line is dropped. Before a second `=`
+            # it only looks so: of `coef = coef = 0.2` nobody knows which is the value.
             self.parser.feed(Token("_NL", "\n", at, at))
         while not self.accepts("_ERROR"):
             if not self.parser.values:

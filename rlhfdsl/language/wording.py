@@ -145,6 +145,8 @@ class Wording:
             allowed = {_NAMES.get(name, f"`{name.lower()}`") for name in error.accepts}
             *most, last = sorted(allowed - {"`_error`"}) or [""]
             label = "expected " + (", ".join(most) + " or " if most else "") + last if last else ""
+            if token.type == "EQUAL" and "PLUS" in error.accepts:
+                label = "a value stands before it: a setting has one `=`"
             self.add("E0101", what or f"`{token}` cannot stand here", start, end, label=label)
         return code
 
