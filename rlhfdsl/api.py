@@ -60,6 +60,7 @@ def open_stage(
     options = argparse.Namespace(
         file=str(recipe), sets=list(sets), param=[f"{k}={v}" for k, v in (params or {}).items()], profile=profile,
         gpu=None if device.type == "cuda" else "cpu", gpus=local, nodes=distributed.world() // local, price=None,
+        host_memory=None,
     )  # fmt: skip
     if distributed.rank() != 0:
         distributed.barrier()  # the first rank makes what the lock lacks, the others read it

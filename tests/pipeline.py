@@ -80,7 +80,7 @@ def plan(path: Path, *sets: str, gpus: int = 1) -> dict:
     from rlhfdsl.cli.planned import make_plan
 
     args = argparse.Namespace(
-        file=path, sets=list(sets), param=[], profile=None, gpu="cpu", gpus=gpus, nodes=1, price=None
+        file=path, sets=list(sets), param=[], profile=None, gpu="cpu", gpus=gpus, nodes=1, price=None, host_memory=None
     )
     planned = make_plan(args)
     assert planned.plan is not None, [d.message for d in planned.diagnostics]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.cli.common import ERROR, fail, say, show, show_user_error
-from rlhfdsl.cli.planned import plan_recipe, target_of
+from rlhfdsl.cli.planned import TARGET, plan_recipe, target_of
 from rlhfdsl.cli.saving import is_saved, read_plan, read_saved
 from rlhfdsl.language import Diagnostic, Recipe, UserError, load
 from rlhfdsl.planning import checkpoints, compile, places, saved
@@ -86,7 +86,7 @@ def _recipe(held: saved.Saved, path: Path, name: str) -> Recipe:
 def _plan(args: argparse.Namespace, held: saved.Saved, recipe: Recipe, base: Path, name: str) -> dict[str, Any]:
     """The saved plan, or the same recipe and lock planned for the target of the options."""
     saved.check(held, recipe, base, name)
-    if all(getattr(args, option) is None for option in ("gpu", "gpus", "nodes", "price")):
+    if all(getattr(args, option) is None for option in TARGET):
         return held.plan
     target = target_of(recipe, args)
     if isinstance(target, Diagnostic):

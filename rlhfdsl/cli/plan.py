@@ -35,11 +35,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--largest", metavar="FAMILY", help="which models of a family fit in the actor's place: actor, opt, llama-3 …"
     )
     parser.add_argument(
-        "--host-memory", type=several.gib, metavar="GIB",
-        help="memory of each node, for offload; with --largest and a curve over --gpus (default: this machine's, where "
-        "the GPU is this machine's too)",
-    )  # fmt: skip
-    parser.add_argument(
         "--show", metavar="PART", help="one part as JSON: ds_config.actor, stage.ppo.memory, stage.sft.batch, time …"
     )
     parser.add_argument(
@@ -64,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
     args.gpus = args.gpus[0] if args.gpus is not None else None
     if args.largest is not None:
         return several.over_models(args)
-    if args.host_memory is not None:
-        fail("--host-memory goes with --largest or several --gpus")
     planned = make_plan(args, use_lock=not args.no_lock, fit=args.fit)
     if planned.plan is None and args.format == "json":
         print(json.dumps(as_json(planned.diagnostics, planned.compilation.sources), indent=1))

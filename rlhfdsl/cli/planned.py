@@ -15,6 +15,7 @@ from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
 from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock, scorers
 
 Json = dict[str, Any]
+TARGET = ("gpu", "gpus", "nodes", "host_memory", "price")  # options
 
 
 @dataclass(slots=True)
@@ -55,6 +56,10 @@ def add_plan_options(
         "--gpus", type=counts or positive, metavar=metavar, help="GPUs (on a CPU: processes) of each node"
     )
     target.add_argument("--nodes", type=positive, metavar="N", help="nodes")
+    target.add_argument(
+        "--host-memory", type=_gib, metavar="GIB",
+        help="memory of each node, for offload (default: this machine's, where its GPU is the target)",
+    )  # fmt: skip
     target.add_argument("--price", type=_price, metavar="USD", help="of a GPU and hour, in place of the catalog's")
 
 
@@ -180,10 +185,13 @@ def target_of(recipe: Recipe, args: argparse.Namespace) -> hardware.Target | Dia
         if args.gpu is None and cluster["gpu"] is not None and not hardware.known(cluster["gpu"]):
             return checks.unknown_gpu(recipe, cluster["gpu"], f"{cluster.address}.gpu")
         written = {"address": cluster.address} | {key: cluster[key] for key in ("gpu", "gpus", "nodes")}
-    flags = {key: getattr(args, key) for key in ("gpu", "gpus", "nodes", "price")}
+    flags = {key: getattr(args, key) for key in TARGET}
     asks = flags["gpu"] is None and (written is None or written["gpu"] is None)
     try:
-        return hardware.resolve(flags, written, hardware.detect() if asks else hardware.CPU)
+        target = hardware.resolve(flags, written, hardware.detect() if asks else hardware.CPU)
+        if target.device == "cpu" and args.host_memory is not None:
+            fail(f"--host-memory is for offload from GPUs, and the target is cpu ({target.origin})")
+        return target
     except UserError as error:  # of a profile
         fail(f"{error.message}; {error.help}")
 
@@ -215,6 +223,11 @@ def _make(plan: Json, locked: Json, path: Path) -> list[str]:
 def _tell(address: str) -> None:
     if sys.stderr.isatty():
         say(f"reading {address}")
+
+
+def _gib(text: str) -> int:
+    """`512`, in GiB, as bytes."""
+    return positive(text) << 30
 
 
 def _price(text: str) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from rlhfdsl.cli.common import ERROR, OK, fail
-from rlhfdsl.cli.planned import Planned, make_plan, positive
+from rlhfdsl.cli.planned import make_plan, positive
 from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.planning import hardware, scaling
 from rlhfdsl.planning.scaling import Point
@@ -18,11 +18,6 @@ from rlhfdsl.planning.scaling import Point
 def counts(text: str) -> list[int]:
     """`8`, or `1,2,4,8`."""
     return [positive(part) for part in text.split(",")]
-
-
-def gib(text: str) -> int:
-    """`512`, in GiB, as bytes."""
-    return positive(text) << 30
 
 
 def over_gpus(args: argparse.Namespace, gpus: list[int]) -> int:
@@ -59,17 +54,7 @@ def over_models(args: argparse.Namespace) -> int:
 def _point(args: argparse.Namespace, name: str, **changed: object) -> Point:
     options = argparse.Namespace(**(vars(args) | changed))
     planned = make_plan(options, use_lock=not args.no_lock, make_facts=False, fit=args.fit)
-    world = planned.target.world if planned.target is not None else 1
-    return scaling.point(name, planned.plan, planned.diagnostics, world, _host(args, planned))
-
-
-def _host(args: argparse.Namespace, planned: Planned) -> int | None:
-    """Bytes of the memory of a node: as given, else this machine's when its GPU is the target."""
-    recipe, target = planned.compilation.recipe, planned.target
-    if args.host_memory is not None or recipe is None or target is None or target.device == "cpu":
-        return args.host_memory  # type: ignore[no-any-return]
-    named = args.gpu is not None or any(cluster["gpu"] is not None for cluster in recipe.of_kind("cluster"))
-    return None if named else hardware.host_memory()
+    return scaling.point(name, planned.plan, planned.diagnostics, planned.target or hardware.CPU)
 
 
 def _said(args: argparse.Namespace, points: list[Point], text: Callable[[list[Point]], str]) -> int:

@@ -154,7 +154,8 @@ def measure(case: Case, device: str, args: argparse.Namespace) -> Json:
         (folder / "rows.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows(case, case.batch * (args.updates + 1))), encoding="utf-8"
         )
-        options = {"param": [], "profile": None, "sets": [], "gpus": 1, "nodes": None, "price": None}
+        options = {"param": [], "profile": None, "sets": [], "gpus": 1, "nodes": None, "price": None,
+                   "host_memory": None}  # fmt: skip
         gpu = args.gpu or ("cpu" if device == "cpu" else None)
         planned = make_plan(argparse.Namespace(file=folder / "truth.rlhf", gpu=gpu, **options))
         if planned.plan is None:

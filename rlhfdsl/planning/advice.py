@@ -107,6 +107,11 @@ def _steps(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Ne
         )
     if target.device == "cpu":
         return
+    if any(n.offload not in (None, "off") for n in needs):
+        yield (
+            "offload = off, gradient_checkpointing = on, micro = auto",
+            [_with(need, None, "off", True) for need in free],
+        )
     if any(n.name == "actor" for n in needs) and any(not n.trains and n.shares is None for n in needs):
         yield (
             "offload = idle, gradient_checkpointing = on, micro = auto",
@@ -116,6 +121,11 @@ def _steps(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Ne
         yield (
             f"zero = {zero}, offload = {offload}, gradient_checkpointing = on, micro = auto",
             [_with(need, zero, offload, True) for need in free],
+        )
+    if target.host is not None:
+        yield (
+            'zero = 3, offload = both, nvme = "FOLDER", gradient_checkpointing = on, micro = auto',
+            [replace(_with(need, 3, "both", True), nvme="FOLDER") for need in free],
         )
 
 

@@ -18,7 +18,6 @@ from rlhfdsl.planning.entries import Model
 from rlhfdsl.planning.families import FAMILIES
 from rlhfdsl.planning.hardware import Target, catalog
 from rlhfdsl.planning.layout import Fit, Rollout
-from rlhfdsl.planning.memory import USABLE
 from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work
 
@@ -45,6 +44,7 @@ CODES = {
     "E0716": "the actor cannot have the rollout engine that the recipe names",
     "E0717": "the weights of a rollout cannot be cut over so many GPUs",
     "E0718": "the reference has fewer token ids than the actor",
+    "E0719": "what a stage offloads does not fit in the memory of a node",
     "E0720": "a saved plan or a lock file cannot be used",
     "E0730": "LoRA targets name no layer of the model",
     "E0731": "a LoRA rank is as wide as a layer",
@@ -316,19 +316,12 @@ def has_updates(
 def memory(
     problems: Problems, where: Target, at: str, placed: Fit, rollout: Rollout | None, work: Work
 ) -> None:
-    """A stage that is predicted to need more than a GPU has, with what would fit and what it costs in time."""
-    if placed.fits is not False or placed.peak is None or where.memory is None:
+    """A stage that is predicted to need more than a GPU has, or offloads more than a node has, with what would fit and
+    what it costs in time."""
+    if placed.fits is not False or placed.peak is None or placed.usable is None or where.memory is None:
         return
-    worst = max(placed.phases, key=lambda phase: phase.peak)
-    lines = [
-        f"{p.need.name}: {_gib(p.states.total + p.average)} of model states at ZeRO {p.zero}"
-        for p in placed.engines
-        if p.states is not None and p.need.shares is None
-    ]
-    lines.append(
-        f"{worst.name}: {_gib(worst.resident)} that stays, {_gib(worst.working)} that the {worst.engine} needs at once"
-    )
     needs = [p.need for p in placed.engines]
+    known = [(p, p.states) for p in placed.engines if p.states is not None and p.need.shares is None]
     ways = advice.nearest(needs, rollout, where, work)
     told = [f"`{way.words}` fits{_slower(way, ways[0])}" for way in ways]
     if all("offload" in way.words for way in ways):
@@ -338,12 +331,27 @@ def memory(
         if wider is not None:
             size = f"--gpus {wider.gpus} --nodes {wider.nodes}"
             told.append(f"{size} fits with `zero = auto, offload = off, micro = auto`")
+    if placed.peak > placed.usable:
+        worst = max(placed.phases, key=lambda phase: phase.peak)
+        problems.report(
+            "E0712",
+            f"{at} needs {_gib(placed.peak)} of each {where.gpu or 'GPU'}, of whose {_gib(where.memory)} a plan "
+            f"may fill {_gib(placed.usable)}", at,
+            notes=[
+                *(f"{p.need.name}: {_gib(s.total + p.average)} of model states at ZeRO {p.zero}" for p, s in known),
+                f"{worst.name}: {_gib(worst.resident)} that stays, {_gib(worst.working)} that the {worst.engine} needs "
+                "at once",
+            ],
+            help="; ".join(told) or "nothing here fits: more or larger GPUs, or a smaller model",
+        )  # fmt: skip
+        return
+    assert where.host is not None and placed.host_usable is not None
     problems.report(
-        "E0712",
-        f"{at} needs {_gib(placed.peak)} of each {where.gpu or 'GPU'}, of whose {_gib(where.memory)} a plan "
-        f"may fill {_gib(int(where.memory * USABLE))}",
-        at, notes=lines,
-        help="; ".join(told) or "nothing here fits: more or larger GPUs, or a smaller model",
+        "E0719",
+        f"what {at} offloads needs {_gib(placed.host)} of the host of each node, of whose {_gib(where.host)} a plan "
+        f"may fill {_gib(placed.host_usable)}", at,
+        notes=[f"{p.need.name}: {_gib(s.host)} with offload = {p.offload}" for p, s in known if s.host],
+        help="; ".join(told) or "nothing here fits: more or larger GPUs, more memory in a node, or a smaller model",
     )  # fmt: skip
 
 

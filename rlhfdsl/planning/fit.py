@@ -8,9 +8,10 @@ them; the rest comes and goes:
   score      one engine's forward over a micro batch
   train      one engine's gradients, which live from its first backward to its step, its activations and buckets
 
-So a stage fits when in every phase what stays and the largest of what comes and goes are under 90 % of a device. The
-order of decisions, each the first that fits; of those in 1 a later one that is faster by more than a tenth, since what
-barely fits leaves a rollout room for a few sequences at once; the first with offload by a quarter:
+So a stage fits when in every phase what stays and the largest of what comes and goes are under 90 % of a device, and
+what is offloaded under 90 % of the memory of a node where that is known. The order of decisions, each the first that
+fits; of those in 1 a later one that is faster by more than a tenth, since what barely fits leaves a rollout room for a
+few sequences at once; the first with offload by a quarter:
 
   1. ZeRO of engines that train: 0 for fp32 on one device, 1 for 16-bit on one device, else 1, 2, 3.
      Engines that only infer: 0, and 3 when that does not fit or the actor is at 3.
@@ -41,18 +42,21 @@ FASTER_OFFLOADED = 0.75  # no time with offload was ever measured
 def fit(
     needs: Sequence[Need], rollout: Rollout | None, target: Target, seconds: Callable[[Fit], float | None] | None = None
 ) -> Fit:
-    """Place the engines of a stage; the result may not fit, which its `fits` tells.
+    """Place the engines of a stage; the result may not fit, which its `fits` tells: then it is the last that was tried,
+    or of those that a device has room for the one that takes the least of the host.
 
     seconds: predicted for a layout, None where unknown; left out, the first layout that fits is taken.
     """
     chosen: Fit | None = None
+    nearest: Fit | None = None
     best, offloaded = None, False
     for train, infer, offload in _levels(needs, target, rollout is not None):
         placed = _place(needs, rollout, target, train, infer, offload, "lowest" if chosen is None else "fastest")
         if placed.fits is None:
             return placed
         if not placed.fits:
-            last = placed
+            if nearest is None or not nearest.on_device or (placed.on_device and placed.host < nearest.host):
+                nearest = placed
             continue
         took = None if seconds is None else seconds(placed)
         enough = FASTER if offload == "off" or offloaded else FASTER_OFFLOADED
@@ -60,7 +64,9 @@ def fit(
             chosen, best, offloaded = placed, took, offload != "off"
         if best is None:
             break
-    return chosen or last
+    found = chosen or nearest
+    assert found is not None, "there is a layout to try"
+    return found
 
 
 def _levels(needs: Sequence[Need], target: Target, samples: bool) -> Iterator[tuple[int, int, str]]:
@@ -96,7 +102,7 @@ def _place(
     resident = None
     if len(known) == len(needs):
         resident = sum(s.lasting for s in known) + sum(averages.values())
-    usable = int(target.memory * memory.USABLE) if target.memory is not None else None
+    usable, host = memory.usable(target.memory), memory.usable(target.host)
     room = usable - resident if usable is not None and resident is not None else None
     scores = any(not n.trains for n in needs)
     sampling = None
@@ -114,14 +120,14 @@ def _place(
     generate = None if rollout is None else rollout.per_rank if sampling is None else sampling.rows
     kept = 0 if sampling is None else sampling.kept
     if resident is None:
-        return Fit(tuple(placed), generate, sampling, (), usable)
+        return Fit(tuple(placed), generate, sampling, (), usable, host)
     phases = [] if sampling is None else [Phase("generate", resident, sampling.whole, "actor")]
     for name in ("score", "train"):
         users = {p.need.name: p.working[name] for p in placed if name in p.working}
         if users:
             largest = max(users, key=lambda user: users[user])
             phases.append(Phase(name, resident + kept, users[largest], largest))
-    return Fit(tuple(placed), generate, sampling, tuple(phases), usable)
+    return Fit(tuple(placed), generate, sampling, tuple(phases), usable, host)
 
 
 def offload_of(need: Need, offload: str) -> str:

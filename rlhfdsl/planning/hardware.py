@@ -28,7 +28,8 @@ MIB = 2**20
 @dataclass(frozen=True, slots=True)
 class Target:
     """The devices of a plan. `gpus` counts those of one node; `memory` is bytes of one device, None on a
-    CPU. `profile`: what `rlhf bench` measured, by name; `price` in place of the catalog's."""
+    CPU. `profile`: what `rlhf bench` measured, by name; `price` in place of the catalog's. `host`: bytes of the memory
+    of each node, for what is offloaded from GPUs; None where unknown, and on a CPU."""
 
     device: str  # "cpu" | "cuda"
     gpu: str | None
@@ -38,6 +39,7 @@ class Target:
     origin: str  # "--gpu", "cluster.node" or "detected"
     profile: tuple[str, Mapping[str, Any]] | None = None
     price: float | None = None
+    host: int | None = None
 
     @property
     def world(self) -> int:
@@ -74,7 +76,7 @@ class Target:
     def as_dict(self) -> dict[str, Any]:
         return {
             "device": self.device, "gpu": self.gpu, "memory": self.memory, "nodes": self.nodes,
-            "gpus": self.gpus, "world": self.world, "origin": self.origin,
+            "gpus": self.gpus, "world": self.world, "host": self.host, "origin": self.origin,
         }  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def known(name: str) -> bool:
 
 
 def detect() -> Target:
-    """The GPUs of this machine by `nvidia-smi`; the CPU without the program or without a GPU."""
+    """The GPUs of this machine by `nvidia-smi`, with its memory in whole GiB; the CPU without the program or a GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return CPU
@@ -99,7 +101,9 @@ def detect() -> Target:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return CPU
-    return parse_smi(done.stdout)
+    found = parse_smi(done.stdout)
+    host = host_memory() if found.device == "cuda" else None
+    return found if host is None else replace(found, host=(host >> 30 << 30) or None)
 
 
 CPU = Target("cpu", None, None, 1, 1, "detected")
@@ -130,13 +134,15 @@ def parse_smi(text: str) -> Target:
 
 
 def resolve(flags: Mapping[str, Any], cluster: Mapping[str, Any] | None, machine: Target) -> Target:
-    """The target of a plan: each of gpu, gpus and nodes from the flags, else the cluster, else the machine.
+    """The target of a plan: each of gpu, gpus and nodes from the flags, else the cluster, else the machine. The memory
+    of a node is the machine's where its GPU is.
 
-    flags, cluster: {"gpu", "gpus", "nodes"}, None where not given; a cluster also has "address". Raises
+    flags, cluster: {"gpu", "gpus", "nodes"}, None where not given; flags also have "price" and "host_memory" (bytes),
+    a cluster "address". Raises
     KeyError for a GPU name that the catalog does not list, UserError for a profile that is none. `gpu` may be a
     profile (`PATH.json`), which stands for the devices that were measured.
     """
-    price = flags.get("price")
+    price, host = flags.get("price"), flags.get("host_memory")
     given = [f"--{key}" for key in ("gpu", "gpus", "nodes") if flags.get(key) is not None]
     cluster = cluster or {}
     gpu = flags.get("gpu") or cluster.get("gpu")
@@ -145,15 +151,17 @@ def resolve(flags: Mapping[str, Any], cluster: Mapping[str, Any] | None, machine
     nodes = flags.get("nodes") or cluster.get("nodes") or 1
     if gpu is None:
         here = machine
-        return Target(here.device, here.gpu, here.memory, nodes, gpus or here.gpus, origin, price=price)
+        memory = None if here.device == "cpu" else host or here.host
+        return Target(here.device, here.gpu, here.memory, nodes, gpus or here.gpus, origin, None, price, memory)
     if gpu == "cpu":
         return Target("cpu", None, None, nodes, gpus or 1, origin, price=price)
     if is_profile(gpu):
         measured, name = rates.read_profile(Path(gpu)), Path(gpu).name
         return Target(
-            measured["device"], measured["gpu"], measured["memory"], nodes, gpus or 1, origin, (name, measured), price
-        )
-    return Target("cuda", gpu, catalog()[gpu]["memory_mib"] * MIB, nodes, gpus or 1, origin, price=price)
+            measured["device"], measured["gpu"], measured["memory"], nodes, gpus or 1, origin, (name, measured), price,
+            None if measured["device"] == "cpu" else host,
+        )  # fmt: skip
+    return Target("cuda", gpu, catalog()[gpu]["memory_mib"] * MIB, nodes, gpus or 1, origin, None, price, host)
 
 
 def is_profile(name: str) -> bool:

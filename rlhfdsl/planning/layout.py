@@ -125,6 +125,7 @@ class Fit:
     """A whole stage on a device, in bytes; no phases when a model's numbers are unknown.
 
     generate: sequences generated at once on one device. sampling: with what and in how many bytes, where known.
+    usable, host_usable: what a plan may fill of a device and of the memory of a node, None where unknown.
     """
 
     engines: tuple[Placement, ...]
@@ -132,13 +133,22 @@ class Fit:
     sampling: Sampling | None
     phases: tuple[Phase, ...]
     usable: int | None
+    host_usable: int | None
 
     @property
     def peak(self) -> int | None:
         return max((phase.peak for phase in self.phases), default=None)
 
     @property
+    def host(self) -> int:
+        """Bytes of the memory of each node that take what is offloaded from its devices."""
+        return sum(p.states.host for p in self.engines if p.states is not None)
+
+    @property
+    def on_device(self) -> bool | None:
+        """Whether a device has room for its part, None where unknown."""
+        return None if self.peak is None or self.usable is None else self.peak <= self.usable
+
+    @property
     def fits(self) -> bool | None:
-        if self.peak is None or self.usable is None:
-            return None
-        return self.peak <= self.usable
+        return self.on_device and (self.host_usable is None or self.host <= self.host_usable)

@@ -16,7 +16,7 @@ from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.deepspeed_config import LIVE, bucket_size
 from rlhfdsl.planning.families import FAMILIES, Family
 
-USABLE = 0.9  # the share of a device that a plan may fill
+USABLE = 0.9  # the share of a device, and of the memory of a node, that a plan may fill
 CHUNK = 1 << 26  # bytes of fp32 logits at once on a CPU, as in training/losses.py
 DRAW = 36  # for each logit: fp32 scores three times, three int64 of the hash behind the noise (rollout/sampling.py)
 COLUMNS, PREFILL = 64, 32_768  # of the graph rollout, as in engines/rollout/graph.py
@@ -50,6 +50,11 @@ class States:
     def passing(self) -> int:
         """What comes and goes with the engine's use: gradients from the first backward of a step to its end."""
         return self.total if self.rests else self.gradients - self.sums
+
+
+def usable(whole: int | None) -> int | None:
+    """What of so many bytes a plan may fill, None for unknown."""
+    return None if whole is None else int(whole * USABLE)
 
 
 def states(

@@ -259,7 +259,8 @@ def memory_of(scope: Scope, placed: Fit) -> Json:
         },
         "cache": None if placed.sampling is None else placed.sampling.cache, "peak": placed.peak,
         "host": None if None in hosts else sum(host or 0 for host in hosts),
-        "available": scope.target.memory, "usable": placed.usable, "fits": placed.fits,
+        "available": scope.target.memory, "usable": placed.usable, "host_usable": placed.host_usable,
+        "fits": placed.fits,
     }  # fmt: skip
 
 

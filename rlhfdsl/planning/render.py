@@ -177,7 +177,14 @@ def _memory(plan: Json, stage: Json) -> list[str]:
         share = memory["peak"] / memory["available"]
         peak += f" of {figures.gib(memory['available'])} on each {device} ({share:.0%})"
         peak += "  ok" if memory["fits"] else "  does not fit"
-    return [*lines, peak + " (estimate)"]
+    lines.append(peak + " (estimate)")
+    if memory["host"]:
+        host, whole = f"  host      {figures.gib(memory['host'])} GiB", plan["target"]["host"]
+        if whole is not None:
+            host += f" of {figures.gib(whole)} on each node ({memory['host'] / whole:.0%})"
+            host += "  ok" if memory["host"] <= memory["host_usable"] else "  does not fit"
+        lines.append(host + (" (estimate)" if whole is not None else " on each node (estimate)"))
+    return lines
 
 
 def _time(stage: Json) -> list[str]:

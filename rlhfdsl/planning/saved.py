@@ -160,7 +160,7 @@ def target_of(saved: Saved) -> Target:
     profile = more["profile"]
     return Target(
         told["device"], told["gpu"], told["memory"], told["nodes"], told["gpus"], told["origin"],
-        None if profile is None else (profile[0], profile[1]), more["price"],
+        None if profile is None else (profile[0], profile[1]), more["price"], told["host"],
     )  # fmt: skip
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Recipe, Reference
-from rlhfdsl.planning import catalog, figures
-from rlhfdsl.planning.memory import USABLE
+from rlhfdsl.planning import catalog, figures, memory
+from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.placing import base_of
 
 Json = dict[str, Any]
 _SIZE = re.compile(r"-(\d+(\.\d+)?[mb]\b|\d+b\d+).*$", re.IGNORECASE)
 _HEAD = ("time", "cost", "GiB peak", "of usable", "GiB of the host")
+BOUND = {"E0712": "device", "E0719": "host"}
 _TRAINED = re.compile(r"-(instruct|it|chat)\b", re.IGNORECASE)
 
 
@@ -26,7 +27,7 @@ _TRAINED = re.compile(r"-(instruct|it|chat)\b", re.IGNORECASE)
 class Point:
     """One plan of several. seconds, cost, peak and usable are None where unknown; `error` says why there is no plan.
 
-    peak, usable: bytes of one device. host, host_usable: bytes of a node's memory, the second None where unknown.
+    peak, usable: bytes of one device. host, host_usable: bytes of a node's memory.
     layout: ZeRO stage and offload of engines that train. bound: which memory is too small, "device" or "host".
     """
 
@@ -36,35 +37,28 @@ class Point:
     cost: float | None = None
     peak: int | None = None
     usable: int | None = None
-    host: int = 0
+    host: int | None = None
     host_usable: int | None = None
     layout: str = ""
     bound: str | None = None
     error: str | None = None
 
 
-def point(name: str, plan: Json | None, found: Sequence[Diagnostic], world: int, memory: int | None = None) -> Point:
-    """What there is to say of a plan, or of what stood against it. memory: bytes of a node's host, None for unknown."""
-    usable = None if memory is None else int(memory * USABLE)
+def point(name: str, plan: Json | None, found: Sequence[Diagnostic], target: Target) -> Point:
+    """What there is to say of a plan, or of what stood against it."""
+    usable = memory.usable(target.host)
     if plan is None:
         errors = [diagnostic.message for diagnostic in found if diagnostic.severity == "error"]
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        too_large = any(diagnostic.code == "E0712" for diagnostic in found)
-        return Point(name, world, host_usable=usable, bound="device" if too_large else None, error=errors[0] + more)
+        bound = next((BOUND[diagnostic.code] for diagnostic in found if diagnostic.code in BOUND), None)
+        return Point(name, target.world, host_usable=usable, bound=bound, error=errors[0] + more)
     time = plan["time"] or {"seconds": None, "cost": None}
     memories = [stage["memory"] for stage in plan["stages"]]
-    tightest = max(memories, key=lambda memory: memory["peak"] or 0)
-    host = max((memory["host"] or 0 for memory in memories), default=0)
-    bound = error = None
-    if memory is not None and usable is not None and host > usable:
-        bound = "host"
-        error = (
-            f"offload needs {figures.gib(host)} GiB of the host of each node, of whose {figures.gib(memory)} GiB "
-            f"a plan may fill {figures.gib(usable)} GiB"
-        )
+    tightest = max(memories, key=lambda one: one["peak"] or 0)
+    host = max((one["host"] or 0 for one in memories), default=0)
     return Point(
-        name, world, time["seconds"], time["cost"], tightest["peak"], tightest["usable"], host, usable, _layout(plan),
-        bound, error,
+        name, target.world, time["seconds"], time["cost"], tightest["peak"], tightest["usable"], host, usable,
+        _layout(plan),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -46,24 +47,37 @@ def test_the_memory_of_the_host_bounds_what_offload_makes_room_for(capsys):
     bound = {point["name"]: point["bound"] for point in points}
     assert bound["facebook/opt-2.7b"] is None and bound["facebook/opt-6.7b"] is None
     large = next(point for point in points if point["name"] == "facebook/opt-13b")
-    assert large["bound"] == "host" and large["host"] > 16 * 13e9 > large["host_usable"] == int(0.9 * (200 << 30))
+    assert large["bound"] == "host" and large["host_usable"] == int(0.9 * (200 << 30)) < 16 * 13e9
     assert main([*BASE, "--gpus", "1", "--largest", "actor", "--host-memory", "200"]) == 0
     out = capsys.readouterr().out
     assert "largest: facebook/opt-6.7b; the host's memory is too small for facebook/opt-13b\n" in out
     assert "GiB of the host of each node, of whose 200.0 GiB a plan may fill 180.0 GiB" in out
+    assert {point["host"] for point in points if point["error"]} == {None}
     assert main([*BASE, "--gpus", "1", "--largest", "actor"]) == 0
     assert "--host-memory GIB" in capsys.readouterr().out  # of a named GPU the host is not known
 
 
 def test_the_host_of_the_machine_whose_gpu_it_is(capsys, monkeypatch):
-    here = hardware.Target("cuda", "a100-80g", hardware.catalog()["a100-80g"]["memory_mib"] << 20, 1, 1, "detected")
+    here = hardware.Target(
+        "cuda", "a100-80g", hardware.catalog()["a100-80g"]["memory_mib"] << 20, 1, 1, "detected", host=64 << 30
+    )
     monkeypatch.setattr(hardware, "detect", lambda: here)
-    monkeypatch.setattr(hardware, "host_memory", lambda: 64 << 30)
     assert main(["plan", RECIPE, "--no-lock", "--largest", "opt", "--format", "json"]) == 0
     points = json.loads(capsys.readouterr().out)["plans"]
     assert {point["host_usable"] for point in points} == {int(0.9 * (64 << 30))}
     bound = [point["name"].removeprefix("facebook/opt-") for point in points if point["bound"] == "host"]
     assert bound == ["6.7b", "13b", "30b", "66b", "175b"]
+
+
+def test_one_plan_tells_of_the_host(capsys):
+    large = [*BASE, "--gpus", "1", "-p", "actor=facebook/opt-13b"]
+    assert main(large) == 0
+    assert re.search(r"^  host      \d+\.\d GiB on each node \(estimate\)$", capsys.readouterr().out, re.MULTILINE)
+    for how in ((), ("--fit",)):
+        assert main([*large, *how, "--host-memory", "400"]) == 0
+        assert re.search(r"GiB of 400\.0 on each node \(\d+%\)  ok \(estimate\)\n", capsys.readouterr().out)
+        assert main([*large, *how, "--host-memory", "100"]) == 1
+        assert "of the host of each node, of whose 100.0 GiB a plan may fill 90.0 GiB" in capsys.readouterr().err
 
 
 def test_families():
@@ -84,7 +98,8 @@ def test_no_family_in_place_of_a_model_from_scratch(capsys):
         (["--gpus", "1,0"], "takes a number from 1"),
         (["--gpus", "two"], "takes a number from 1, not `two`"),
         (["--gpus", "1,2", "--largest", "opt"], "print a curve"),
-        (["--host-memory", "100"], "goes with --largest"),
+        (["--host-memory", "0"], "takes a number from 1"),
+        (["--gpu", "cpu", "--host-memory", "100"], "is for offload from GPUs, and the target is cpu"),
     ],
 )
 def test_bad_options(capsys, arguments, said):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from workshop import CPU, HEAD, PAIRS, PIPELINE, TINY, edge_facts, gpus, model_facts
 
@@ -322,6 +324,32 @@ def test_memory(shop):
     assert shop.plan(text, gpus(1, None))["stages"][0]["memory"]["fits"] is None  # unknown memory is no error
     tight = shop.problem(text.replace("opt-13b", "opt-66b"), gpus(1, 1))
     assert tight.help == "nothing here fits: more or larger GPUs, or a smaller model"
+
+
+def test_memory_of_a_node(shop):
+    """12.85e9 x 16 bytes of optimizer, half as much again for buffers (DeepSpeed's estimator), with offload of it."""
+    text = HEAD + 'model big { from = "facebook/opt-13b" }\n' + PAIRS
+    text += "stage sft { model = model.big, data = data.pairs, batch = 8, length = 512, lr = 1e-5 }\n"
+    known = replace(gpus(1), host=256 * 2**30)
+    found = shop.problem(text, known)
+    assert said(found)[:2] == (
+        "E0719", "what stage.sft offloads needs 287.3 GiB of the host of each node, of whose 256.0 GiB a plan may fill "
+        "230.4 GiB",
+    )  # fmt: skip
+    assert found.notes == ("policy: 287.3 GiB with offload = optimizer",) and shop.text_at(found) == "stage sft"
+    assert found.help.startswith('`zero = 3, offload = both, nvme = "FOLDER", gradient_checkpointing = on, ')
+    for host in (None, 320 * 2**30):
+        memory = shop.plan(text, replace(known, host=host))["stages"][0]["memory"]
+        assert memory["fits"] and memory["host_usable"] == (None if host is None else int(0.9 * host))
+
+
+def test_offload_that_a_gpu_has_no_need_of(shop):
+    """1.3e9 x 18 bytes, half as much again for buffers, are 33 GiB on the host; a GPU of 80 GiB has room for them."""
+    text = HEAD + 'model big { from = "facebook/opt-1.3b" }\n' + PAIRS + "parallel p { offload = both }\n"
+    text += "stage sft { model = model.big, data = data.pairs, batch = 8, length = 512, lr = 1e-5\n"
+    text += "  parallel = parallel.p }\n"
+    found = shop.problem(text, replace(gpus(1, 80), host=20 * 2**30))
+    assert found.code == "E0719" and "`offload = off, gradient_checkpointing = on, micro = auto` fits" in found.help
 
 
 def test_the_way_out_changes_little(shop):
