@@ -286,8 +286,10 @@ def _nothing(edge: Mapping[str, Any], stores: Mapping[str, Store], code: str, wh
     worst = max(dropped, key=lambda reason: dropped[reason])
     if not rows:
         help = "give the part a larger share, or the source more rows"
+    elif edge["read"] == "prompt" and worst == "too_long":
+        help = f"raise `rollout.prompt` from {edge['length']} tokens, or cut them: `overlong = cut`"
     elif worst == "too_long" or (worst == "no_answer" and dropped[worst]):
-        help = f"raise the length of {edge['length']} tokens"
+        help = f"raise `length` from {edge['length']} tokens"
     else:
         help = "look at the rows: prompts and answers must say something, and a pair's answers must differ"
     return UserError(

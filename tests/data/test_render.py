@@ -90,7 +90,7 @@ def test_an_answer_is_cut_to_the_length(folder):
     assert folder.load("data.own", "chat", length=28).facts["truncated"] == 0
     with pytest.raises(UserError, match=r"E0632.*1 no answer") as caught:
         folder.load("data.own", "chat", length=23)
-    assert caught.value.help == "raise the length of 23 tokens"
+    assert caught.value.help == "raise `length` from 23 tokens"
     with pytest.raises(UserError, match=r"E0632.*1 too long"):
         folder.load("data.own", "preference", length=26, overlong="drop")
 
@@ -110,6 +110,9 @@ def test_a_long_prompt_is_dropped_or_keeps_its_end(folder):
     both = folder.load("data.own", "prompt", length=23, overlong="cut")
     assert both[1].ids == ids_of("\n\nHuman: qq\n\nAssistant:")[-23:]
     assert (both.facts["truncated"], both.facts["dropped"]["too_long"]) == (1, 0)
+    with pytest.raises(UserError, match=r"E0632.*2 too long") as caught:
+        folder.load("data.own", "prompt", length=22)
+    assert caught.value.help == "raise `rollout.prompt` from 22 tokens, or cut them: `overlong = cut`"
 
 
 def test_rows_that_say_nothing_are_dropped_and_counted(folder, say):
