@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.cli import rollout, truth
 from rlhfdsl.cli.common import OK, fail, say
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.planning import hardware
 from rlhfdsl.planning.rates import KIND, trained
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     text = json.dumps(profile, indent=1) + "\n"
     if args.output is not None:
         try:
-            args.output.write_text(text, encoding="utf-8")
+            write_whole(args.output, text)
         except OSError as error:
             fail(f"{args.output}: {error.strerror}")
     print(text if args.format == "json" else render(profile), end="")

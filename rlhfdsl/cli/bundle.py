@@ -10,6 +10,7 @@ from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
 from rlhfdsl.cli.planned import add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.cli.saving import is_saved, read_saved
 from rlhfdsl.language import UserError
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.planning import places, saved
 from rlhfdsl.planning.validate import validate_plan
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         data = saved.make(
             saved.BUNDLE, recipe, plan, planned.locked, target, compiled_with(args), limit, record
         )
-        output.write_bytes(data)
+        write_whole(output, data)
     except UserError as error:
         return show_user_error(error, recipe)
     except OSError as error:

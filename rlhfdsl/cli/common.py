@@ -70,16 +70,6 @@ def show_user_error(error: UserError, recipe: Recipe | None = None) -> int:
     return ERROR
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file's new text, complete or not at all, with the mode that it had."""
-    target = path.resolve()  # a link stays a link
-    beside = target.with_name(f".{target.name}.new")
-    beside.write_bytes(text.encode())
-    if target.exists():
-        beside.chmod(target.stat().st_mode & 0o7777)
-    beside.replace(target)
-
-
 def say(text: str) -> None:
     """A line about what goes on, to stderr: stdout is for what was asked."""
     from rlhfdsl.language.terminal import visible

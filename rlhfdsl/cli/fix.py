@@ -7,7 +7,8 @@ import difflib
 import sys
 from pathlib import Path
 
-from rlhfdsl.cli.common import ERROR, OK, show, write_text
+from rlhfdsl.cli.common import ERROR, OK, show
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.fixes import fix
 
 HELP = "mend the mistakes that have one way out"
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             )
             sys.stdout.writelines(lines)
         elif text is not None:
-            write_text(path, text)
+            write_whole(path, text)
         show(left.diagnostics, left.sources)
         if not args.diff:
             print(f"{path}: {len(mended)} mended, {len(left.diagnostics)} left")

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhfdsl.cli.common import BUG, ERROR, OK, USAGE, say, show, write_text
+from rlhfdsl.cli.common import BUG, ERROR, OK, USAGE, say, show
 from rlhfdsl.language.diagnostics import Diagnostic
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.format import NotEquivalent, format_text
 from rlhfdsl.language.source import SourceFile, read
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             if args.check:
                 print(f"would change {path}")
             elif not args.diff:
-                write_text(path, text)
+                write_whole(path, text)
                 print(f"wrote {path}")
     if not total:
         say("rlhf: no .rlhf file here")

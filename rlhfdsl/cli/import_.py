@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhfdsl.cli.common import OK, fail, say, write_text
+from rlhfdsl.cli.common import OK, fail, say
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.foreign import Unreadable, convert, read_command
 from rlhfdsl.language.foreign.tools import TOOLS
 
@@ -37,6 +38,6 @@ def run(args: argparse.Namespace) -> int:
     elif Path(args.output).exists():
         fail(f"`{args.output}` exists already")
     else:
-        write_text(Path(args.output), imported.text)
+        write_whole(Path(args.output), imported.text)
         print(f"wrote {args.output}")
     return OK

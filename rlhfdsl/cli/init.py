@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import shutil
 from pathlib import Path
 
 from rlhfdsl.cli.common import OK, fail, show
 from rlhfdsl.language import Recipe, Source, load
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.resources import resource
 from rlhfdsl.language.suggest import listed, nearest
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         fail(f"nothing was written, because {listed(taken)} exists already")
     for path, origin in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(origin, folder / path)
+        write_whole(folder / path, origin.read_bytes())
         print(f"wrote {folder / path}")
     recipe = folder / template.name
     print(f"\nnext:  rlhf check {recipe}\n       rlhf plan {recipe}\n       rlhf run {recipe}")

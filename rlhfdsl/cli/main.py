@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TextIO
 
 from rlhfdsl import __version__
 
@@ -17,6 +19,7 @@ VERBS = (
     *("plan", "graph", "diff", "lock", "run", "bundle", "verify", "cache"),
     *("chat", "serve", "report", "bench", "doctor", "schema", "completion", "lsp"),
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FIRST_STEPS = """\
   rlhf init DIR          write a recipe to start from
   rlhf check FILE        every mistake, before a GPU is held
@@ -32,16 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--debug" in arguments:
         arguments.remove("--debug")
         debug = True
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us (`>&-`): what is said goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:
+            sys.stdout.flush()
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 2
     except KeyboardInterrupt:
         print("rlhf: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) is gone; Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)  # the reader (`| head`) is gone
         return 0
     except Exception as error:
         return _failed(error, arguments, debug)
@@ -95,6 +103,11 @@ def _overview() -> str:
     )
 
 
+def _drop(stream: TextIO) -> None:
+    """Send what a stream still holds nowhere: Python would complain once more when it flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _failed(error: Exception, arguments: Sequence[str], debug: bool) -> int:
     """What no command expected: a UserError or an I/O error is the user's to mend, the rest is a bug."""
     from rlhfdsl.language.diagnostics import UserError
@@ -103,8 +116,10 @@ def _failed(error: Exception, arguments: Sequence[str], debug: bool) -> int:
         from rlhfdsl.cli.common import show_user_error
 
         return show_user_error(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        print(f"rlhf: {error.filename}: {error.strerror}", file=sys.stderr)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):
+        print(f"rlhf: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr)
+        if error.filename is None:
+            _drop(sys.stdout)
         if not debug:
             return 2
     if debug:

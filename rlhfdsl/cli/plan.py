@@ -11,6 +11,7 @@ from rlhfdsl.cli import several
 from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
 from rlhfdsl.cli.planned import Planned, add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.language import UserError, as_json
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.language.terminal import visible
 
@@ -127,10 +128,10 @@ def _save(args: argparse.Namespace, planned: Planned, text: str) -> bool:
     assert plan is not None and recipe is not None and target is not None
     validate_plan(plan)
     try:
-        data = text.encode()
+        data: bytes | str = text
         if args.output.suffix != ".json":
             data = saved.make(saved.PLAN, recipe, plan, planned.locked, target, compiled_with(args))
-        args.output.write_bytes(data)
+        write_whole(args.output, data)
     except UserError as error:
         show_user_error(error, recipe)
         return False

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.files import write_whole
 
 VERSION = 1
 NAME = "rlhf.lock"
@@ -67,11 +68,9 @@ def _unusable(path: Path, why: str) -> UserError:
 
 
 def write(path: Path, lock: dict[str, Any]) -> None:
-    """Write the lock by a rename, so that no reader sees half a file."""
+    """Write the lock. Raises OSError that names it."""
     text = json.dumps(lock, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, text)
 
 
 def pin(path: Path) -> Facts:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -16,11 +19,21 @@ Event = dict[str, Any]
 PLAIN_SECONDS = 5.0  # between two progress lines of a stage when there is no terminal
 
 
+class _Stdout(Console):
+    """A console that says so when its reader is gone, where rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Display:
-    """Shows the events of a run's stages. Use as a context manager and as the supervisor's `show`."""
+    """Shows the events of a run's stages. Use as a context manager and as the supervisor's `show`.
+
+    A run is worth more than what it shows: it goes on when stdout cannot be written any more.
+    """
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Stdout(highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.printed: dict[str, float] = {}
@@ -80,12 +93,29 @@ class Display:
             return
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(escape(f"{name:8}"), total=_total(stage), note="")
-        self.progress.update(self.tasks[name], completed=done, note=escape(note))
+        with self._heard():
+            self.progress.update(self.tasks[name], completed=done, note=escape(note))
 
     def _say(self, name: str, text: str, force: bool = False) -> None:
         if force or self.progress is None:
-            self.console.print(escape(visible(f"{name:8} {text}")))
-            sys.stdout.flush()
+            with self._heard():
+                self.console.print(escape(visible(f"{name:8} {text}")))
+                sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Write to stdout, and no more where that fails: the reader (`| head`) is gone, or the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            self.console.quiet = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            try:
+                why = f"rlhf: stdout cannot be written any more ({error.strerror or 'its reader is gone'})"
+                print(f"{why}; the run goes on, and Ctrl-C stops it", file=sys.stderr, flush=True)
+            except OSError:
+                os.dup2(nowhere, sys.stderr.fileno())
 
 
 def progress_note(event: Event) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.planning import keys, measured
 from rlhfdsl.planning.lock import packages
 from rlhfdsl.planning.places import make_output
@@ -62,7 +63,7 @@ def execute(
     plan_path = output / "plan.json"
     results: dict[str, dict[str, float]] = {}
     with _alone(output), Signals() as signals:
-        plan_path.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(plan_path, json.dumps(plan, indent=1, ensure_ascii=False) + "\n")
         for stage in plan["stages"]:
             stamp = keys.stamp(plan, stage)
             action = schedule.decide(plan, stage, stamp, thorough=True, anew=anew)
@@ -212,11 +213,7 @@ class Running:
         # What `rlhf verify` and `rlhf cache verify` hold against: the inputs' folder seen from the run's, the models.
         run = Path(self.plan["recipe"]["output"]).resolve()
         result |= {"base": os.path.relpath(self.base.resolve(), run), "files": hashes(self.stage, self.partial)}
-        path = self.partial / schedule.RESULT
-        with path.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(self.partial / schedule.RESULT, json.dumps(result, indent=1) + "\n")
         output = Path(self.stage["output"])
         os.replace(self.partial, output)
         shutil.rmtree(output / store.FOLDER, ignore_errors=True)

@@ -17,6 +17,7 @@ from pipeline import SFT_ONLY, write_recipe
 from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.running import failure, supervisor
+from rlhfdsl.running.display import Display
 from rlhfdsl.running.metrics import MetricsFollower
 from rlhfdsl.running.watch import Pulse, Watch
 
@@ -229,3 +230,17 @@ def test_a_pulse_is_written_at_most_once_a_second(tmp_path):
     pulse("a: forward")
     pulse("a: backward")
     assert json.loads(pulse.path.read_text())["doing"] == "a: forward" and pulse.doing == "a: backward"
+
+
+def test_a_run_goes_on_when_nobody_reads_it(monkeypatch, capfd):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    os.close(reader)
+    stage = {"address": "stage.sft", "batch": {"updates": 2}, "output": "runs/x/sft"}
+    with Display() as display:
+        display(stage, {"event": "launch", "do": "run", "reason": ""})
+        display(stage, {"event": "done", "seconds": 1.0})
+    assert capfd.readouterr().err == (
+        "rlhf: stdout cannot be written any more (its reader is gone); the run goes on, and Ctrl-C stops it\n"
+    )
+    sys.stdout.close()
