@@ -33,6 +33,7 @@ def save_model(
     With LoRA the adapters are merged into the model that is written, and stand on their own in `directory`-adapter;
     the weights that train are left alone. Each directory appears at once, when all of it is on the disk.
     """
+    engine.pulse(f"{engine.name}: saving")
     scalar = isinstance(engine.module, ScalarModel)
     model: PreTrainedModel = engine.module.classifier if scalar else engine.module
     weights = whole_weights(model) if engine.partitioned else None

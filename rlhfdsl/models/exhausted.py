@@ -1,4 +1,4 @@
-"""Memory that ran out, told from every other error."""
+"""Memory or a disk that ran out, told from every other error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 
 # How torch words a failed allocation on the CPU, which it raises as a plain RuntimeError.
 _ON_THE_HOST = ("can't allocate memory", "not enough memory")
+# How the system words it, which safetensors and torch pass on in errors of their own.
+_ON_A_DISK = ("No space left on device", "Disk quota exceeded")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -20,3 +22,8 @@ def host_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return any(text in str(error) for text in _ON_THE_HOST)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written for want of room."""
+    return any(text in str(error) for text in _ON_A_DISK)

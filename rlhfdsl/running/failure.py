@@ -5,19 +5,22 @@ Exit codes of `rlhf run` by what happened: EXITS; any other failure is 1.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError, first_line
-from rlhfdsl.models.exhausted import host_out_of_memory, out_of_memory
+from rlhfdsl.models.exhausted import disk_full, host_out_of_memory, out_of_memory
 from rlhfdsl.running.watch import FOLDER, Watch
 
 SHOWN = 4  # ranks that a message names
-DIED, MEMORY, NOT_FINITE, HANGS = "E0791", "E0790", "E0794", "E0795"
-EXITS = {DIED: 4, MEMORY: 5, NOT_FINITE: 6, HANGS: 7}
+NO_ROOM = 1 << 20  # bytes that a disk has left which a rank found full
+DIED, MEMORY, NOT_FINITE, HANGS, FULL = "E0791", "E0790", "E0794", "E0795", "E0798"
+EXITS = {DIED: 4, MEMORY: 5, NOT_FINITE: 6, HANGS: 7, FULL: 2}
 
 Json = dict[str, Any]
 
@@ -26,6 +29,7 @@ _PEER_IS_GONE = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket Timeout",
     "ncclRemoteError", "NCCL communicator was aborted", "Timed out waiting", "recvBytes", "Socket closed",
 )  # fmt: skip
+_ROOM = "make room (`rlhf cache gc` removes what later runs replaced), and run the same command again"
 _LESS_MEMORY = "a smaller `micro`, `gradient_checkpointing = on` or a higher `zero` in the engine's `parallel`"
 
 
@@ -41,12 +45,15 @@ def leave(directory: Path, stage: Json, rank: int, error: Exception, doing: str)
         message = f"the {whose} ran out of memory: {first_line(error)}"
         found |= {"code": MEMORY, "message": message, "help": _LESS_MEMORY}
         found["at"] = engine_address(stage, engine, "parallel")
+    elif disk_full(error):
+        found |= {"code": FULL, "message": f"a disk is full, at {doing}: {first_line(error)}", "help": _ROOM}
     else:
         found["message"] = f"{type(error).__name__}: {first_line(error)}"
         found["peer"] = any(text in str(error) for text in _PEER_IS_GONE)
     folder = directory / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{rank}.error.json").write_text(json.dumps(found), encoding="utf-8")
+    with contextlib.suppress(OSError):  # of a full disk `explain` finds out by itself
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{rank}.error.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def engine_address(stage: Json, engine: str | None, setting: str) -> str:
@@ -70,6 +77,10 @@ def explain(stage: Json, partial: Path, watch: Watch, code: int) -> UserError:
     errors = sorted(watch.errors(), key=lambda entry: (entry["code"] is None, entry["peer"]))
     if errors and (errors[0]["code"] is not None or killed is None):
         return _said(stage, partial, errors[0], kept)
+    if killed is None and shutil.disk_usage(partial).free < NO_ROOM:
+        return UserError(
+            FULL, f"{stage['address']}: the disk of `{partial}` is full", at=stage["address"], help=_ROOM + kept
+        )
     help = f"its output is in {partial / 'log.txt'}"
     if killed is None:
         how = f"a rank ended with exit code {code}"
@@ -98,7 +109,7 @@ def _said(stage: Json, partial: Path, entry: Json, kept: str) -> UserError:
         help = f"the whole output is in {partial / 'log.txt'}"
         return UserError(DIED, message, at=stage["address"], help=help + kept)
     message = entry["message"]
-    if entry["code"] in (MEMORY, NOT_FINITE):
+    if entry["code"] in (MEMORY, NOT_FINITE, FULL):
         message = f"{stage['address']}, rank {entry['rank']}: {message}"
     at = entry["at"] or stage["address"]
     return UserError(entry["code"], message, at=at, place=entry["place"], help=(entry["help"] or "") + kept or None)

@@ -169,6 +169,17 @@ def test_memory_of_the_host_that_ran_out_is_not_the_devices(tmp_path):
     assert "rank 0: the host ran out of memory" in error.message
 
 
+def test_a_disk_that_is_full_is_told_from_a_rank_that_died(tmp_path, monkeypatch):
+    leave(tmp_path, 0, RuntimeError("Error while serializing: I/O error: No space left on device"), "actor: saving")
+    error = explained(tmp_path)
+    assert error.code == "E0798" and failure.EXITS[error.code] == 2
+    assert error.message.startswith("stage.ppo, rank 0: a disk is full, at actor: saving: ")
+    (tmp_path / "ranks/0.error.json").unlink()  # as where there was no room for this either
+    assert explained(tmp_path).code == "E0791"
+    monkeypatch.setattr(failure, "NO_ROOM", 1 << 60)
+    assert explained(tmp_path).code == "E0798" and explained(tmp_path, 256 - signal.SIGKILL).code == "E0791"
+
+
 def test_a_rank_that_is_gone_is_named_and_not_those_that_waited_for_it(tmp_path):
     leave(tmp_path, 0, RuntimeError("[gloo] Connection reset by peer"), "actor: step")
     error = explained(tmp_path, r0=1, r1=-signal.SIGKILL)
