@@ -68,6 +68,22 @@ def test_attention_takes_each_shape_as_it_comes():
     assert chosen == SDPBackend.FLASH_ATTENTION.value
 
 
+def attended(query, keys, values, lengths, *options):
+    """The kernel's attention, which puts the last live column itself; it is checked to be there afterwards."""
+    from rlhfdsl.engines.rollout import kernels
+
+    rows = torch.arange(len(query), device="cuda")
+    last = (lengths - 1).clamp(min=0)
+    newest = [x[rows, :, last].unsqueeze(2).clone() for x in (keys, values)]
+    expected = [x.clone() for x in (keys, values)]
+    for x in (keys, values):
+        x[rows[lengths > 0], :, last[lengths > 0]] = torch.nan
+    out = kernels.attend(query, *newest, keys, values, lengths, *options)
+    for x, before in zip((keys, values), expected, strict=True):
+        torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+    return out
+
+
 def test_a_released_sampler_captures_again():
     engine = on_gpu("opt")
     sampler = GraphSampler(engine)
@@ -88,8 +104,6 @@ def test_a_released_sampler_captures_again():
     ],
 )  # fmt: skip
 def test_attention_over_live_columns(dtype, rows, size, heads, kv_heads, window, softcap):
-    from rlhfdsl.engines.rollout import kernels
-
     g = torch.Generator("cuda").manual_seed(0)
     query, keys, values = (
         torch.randn(rows, count, columns, size, generator=g, device="cuda").to(dtype)
@@ -97,7 +111,7 @@ def test_attention_over_live_columns(dtype, rows, size, heads, kv_heads, window,
     )
     lengths = torch.randint(1, 321, (rows,), generator=g, device="cuda")
     lengths[1] = 0
-    found = kernels.attend(query, keys, values, lengths, size**-0.5, window, softcap)
+    found = attended(query, keys, values, lengths, size**-0.5, window, softcap)
     expected = decode(query.double(), keys.double(), values.double(), lengths, size**-0.5, window, softcap)
     busy = lengths > 0
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -111,8 +125,6 @@ def test_attention_over_live_columns(dtype, rows, size, heads, kv_heads, window,
     ("rows", "size", "heads", "kv_heads"), [(3, 16, 4, 4), (200, 64, 6, 6), (3, 64, 8, 2), (200, 64, 71, 1)]
 )
 def test_a_bias_by_column_is_added_and_the_sum_rounded(dtype, summed, rows, size, heads, kv_heads):
-    from rlhfdsl.engines.rollout import kernels
-
     g = torch.Generator("cuda").manual_seed(0)
     # small integers and a scale of a quarter: every score is exact, so that each rounds the same way on both sides
     query, keys = (
@@ -124,7 +136,7 @@ def test_a_bias_by_column_is_added_and_the_sum_rounded(dtype, summed, rows, size
     lengths[1] = 0
     slopes = 2.0 ** -torch.arange(1, heads + 1, device="cuda").clamp(max=8)
     bias = (slopes.unsqueeze(1) * torch.arange(512, device="cuda")).to(summed)[:, :320]
-    found = kernels.attend(query, keys, values, lengths, 0.25, None, None, bias)
+    found = attended(query, keys, values, lengths, 0.25, None, None, bias)
     expected = decode(query.double(), keys.double(), values.double(), lengths, 0.25, None, None, bias)
     busy = lengths > 0
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -133,16 +145,14 @@ def test_a_bias_by_column_is_added_and_the_sum_rounded(dtype, summed, rows, size
 
 
 def test_attention_reads_nothing_beyond_a_length():
-    from rlhfdsl.engines.rollout import kernels
-
     query = torch.randn(2, 4, 1, 64, device="cuda")
     keys, values = torch.randn(2, 2, 4, 256, 64, device="cuda")
     lengths = torch.tensor([5, 200], device="cuda")
-    expected = kernels.attend(query, keys, values, lengths, 0.125, None, None)
+    expected = attended(query, keys, values, lengths, 0.125, None, None)
     for row, length in enumerate([5, 200]):
         keys[row, :, length:] = torch.nan
         values[row, :, length:] = torch.nan
-    assert torch.equal(kernels.attend(query, keys, values, lengths, 0.125, None, None), expected)
+    assert torch.equal(attended(query, keys, values, lengths, 0.125, None, None), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -42,7 +42,8 @@ def attend(
     elif query.is_cuda:
         from rlhfdsl.engines.rollout import kernels
 
-        out = kernels.attend(query, key, value, attention_mask.view(-1), scale, sliding_window, softcap, bias)
+        lengths = attention_mask.view(-1)
+        out = kernels.attend(query, *key.newest, key, value, lengths, scale, sliding_window, softcap, bias)
     else:
         out = decode(query, key, value, attention_mask.view(-1), scale, sliding_window, softcap, bias)
     return out.transpose(1, 2), None

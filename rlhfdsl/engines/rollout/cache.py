@@ -17,7 +17,8 @@ class RowLayer(StaticLayer):
     fill(rows, source): prompts [P, T]; row rows[i] gets keys and values of prompt source[i], columns 0 to T - 1. The
     prompts attend to themselves.
     decode(write): one token for each of the first B rows, put in column write[b]; the model's attention gets the
-    whole keys and values of these rows and must know how many columns of each are real.
+    whole keys and values of these rows and must know how many columns of each are real. On CUDA it gets the token's own
+    as `newest` of the keys, and puts them in the last real column.
     """
 
     def __init__(self, rows: int, columns: int):
@@ -52,15 +53,14 @@ class RowLayer(StaticLayer):
             self.values[rows, :, :columns] = value_states[source]
             return key_states, value_states
         count = key_states.shape[0]
-        if self.keys.is_cuda:
-            from rlhfdsl.engines.rollout import kernels
-
-            kernels.store(key_states, value_states, self.keys, self.values, self.write)
+        keys, values = self.keys[:count], self.values[:count]
+        if keys.is_cuda:
+            keys.newest = key_states, value_states  # the attention kernel puts them there
         else:
             place = (self.row_index[:count], self.head_index, self.write.unsqueeze(1))
-            self.keys.index_put_(place, key_states[:, :, 0])
-            self.values.index_put_(place, value_states[:, :, 0])
-        return self.keys[:count], self.values[:count]
+            keys.index_put_(place, key_states[:, :, 0])
+            values.index_put_(place, value_states[:, :, 0])
+        return keys, values
 
     def get_seq_length(self) -> int:
         return 0

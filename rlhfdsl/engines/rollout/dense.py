@@ -1,18 +1,16 @@
 """Triton kernels for the dense layers of a decode step: a product with what follows it, and norms, of a few rows.
 
-Such a product reads its weights once and computes next to nothing, so what counts is that memory is never idle. On
-devices of capability 9 a kernel is launched while the last programs of the one before it end (programmatic dependent
-launch), and waits only then for its input.
+Such a product reads its weights once and computes next to nothing, so what counts is that memory is never idle.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from rlhfdsl.engines.rollout.launch import early_launch
 
 ROWS = 32  # more are left to cuBLAS
 COLUMNS = 1024  # of the output; fewer do not keep a GPU busy
@@ -38,12 +36,6 @@ def takes_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.is_cuda and half and weight.dtype == x.dtype and weight.dim() == 1 and x.shape[-1] <= WIDTH
 
 
-@cache
-def _early_launch(device: torch.device) -> dict[str, bool]:
-    early = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"EARLY": early} | ({"launch_pdl": True} if early else {})
-
-
 def product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -64,7 +56,7 @@ def product(
     _product[(triton.cdiv(n, block_n),)](
         x, weight, weight if bias is None else bias, x if added is None else added, out, rows, n, k,
         BM=max(16, triton.next_power_of_2(rows)), BN=block_n, BK=block_k, STAGES=stages, BIAS=bias is not None,
-        ADDED=added is not None, ACTIVATION=ACTIVATIONS[activation], num_warps=4, **_early_launch(x.device),
+        ADDED=added is not None, ACTIVATION=ACTIVATIONS[activation], num_warps=4, **early_launch(x.device),
     )  # fmt: skip
 
 
@@ -135,7 +127,7 @@ def _normed(
     width = x.shape[-1]
     _norm[(x.numel() // width,)](
         x, weight, weight if bias is None else bias, out, width, eps, WIDTH=triton.next_power_of_2(width),
-        CENTRED=centred, BIAS=bias is not None, num_warps=8 if width > 1024 else 4, **_early_launch(x.device),
+        CENTRED=centred, BIAS=bias is not None, num_warps=8 if width > 1024 else 4, **early_launch(x.device),
     )  # fmt: skip
     return out
 
