@@ -209,7 +209,7 @@ def recipe(case: Case) -> str:
         loss = ", loss = all" if case.stage == "sft" else ""
         return out + (
             f"stage {case.stage} {{ model = model.base, data = data.rows, epochs = 1, batch = {case.batch}"
-            f", length = {case.length}{loss}, {engine} }}\n"
+            f", length = {case.length}{loss}, every {{ log = 1 }}, {engine} }}\n"
         )
     half = case.length // 2
     return (

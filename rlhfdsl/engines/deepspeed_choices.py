@@ -94,7 +94,7 @@ UNUSED = {
         "ratio": "an optimizer is offloaded whole",
     },
     "bf16": {
-        "immediate_grad_update": "gradients are summed in fp32 and applied at the step",
+        "immediate_grad_update": "on at ZeRO 1, the only stage that has it",
         "bf16_master_weights_and_grads": MASTER,
         "bf16_optimizer_states": MASTER,
     },

@@ -7,23 +7,19 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 
 def added_at_once(optimizer: object) -> None:
-    """Let a `BF16_Optimizer` add a bf16 gradient to its fp32 sum in one pass over memory.
+    """Let a `BF16_Optimizer` add a bf16 gradient to its fp32 sum in one pass over memory, and free it.
 
-    DeepSpeed's own way writes and reads an fp32 copy of every gradient first. The sums are the same bits. Other
-    optimizers are left as they are.
+    That happens as soon as the backward pass has made the gradient (`immediate_grad_update`). DeepSpeed's own way
+    writes and reads an fp32 copy of it first. The sums are the same bits. Other optimizers are left as they are.
     """
     if not isinstance(optimizer, BF16_Optimizer):
         return
 
-    @torch.no_grad()
-    def update(parameter: torch.nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
-        if parameter.grad is None:
-            return
+    def accumulate(parameter: torch.nn.Parameter, group: int, index: int) -> None:
         total = optimizer.fp32_groups_gradients[group][index]
         total.add_(parameter.grad.view(total.shape))
+        parameter.grad = None
         parameter._hp_grad = total
         optimizer.fp32_groups_has_gradients[group][index] = True
-        if clear_lp_grads:
-            parameter.grad.zero_()
 
-    optimizer._update_hp_grad = update
+    optimizer.accumulate_hp_grads_and_remove_lp = accumulate

@@ -6,6 +6,8 @@ Why each key stands here (DeepSpeed 0.19.8, `runtime/engine.py` unless said):
                                  fp32 is refused at stage 0 with 16-bit weights (`_do_optimizer_sanity_check`)
                                  and those train at stage 1 or above
   managed_gradient_accumulation  false: the trainer says when a step is due and scales its own losses
+  immediate_grad_update          a bf16 gradient is added to its fp32 sum during the backward pass and freed
+                                 (`runtime/bf16_optimizer.py`); else all are kept, zeroed and accumulated in bf16
   overlap_comm                   refused without managed accumulation except at stage 2 (`_do_sanity_check`);
                                  an absent key means true at stage 3 (`zero/config.py`)
   torch_adam                     torch's AdamW, which compiles nothing at the first start; fused on CUDA
@@ -54,6 +56,8 @@ def config(
         out["optimizer"] = {"type": "AdamW", "params": _adamw(optimizer, device)}
         out["data_types"] = {"grad_accum_dtype": "fp32"}
     out["bf16"] = {"enabled": dtype == "bf16"}
+    if trains and dtype == "bf16" and zero == 1:
+        out["bf16"]["immediate_grad_update"] = True
     out["fp16"] = _fp16(dtype)
     out["zero_optimization"] = _zero(
         zero, offload, device=device, world=world, parameters=parameters, learns=learns or parameters, trains=trains

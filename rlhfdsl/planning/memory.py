@@ -72,7 +72,8 @@ def states(
 
     The fp32 gradients of bf16 at stage 1 and those of stage 3 are buffers that an engine has from its start, and
     sets to 0 after each step (`runtime/bf16_optimizer.py`, `runtime/zero/stage3.py` of DeepSpeed 0.19.8); the others
-    are given back with the step (`runtime/zero/stage_1_and_2.py`).
+    are given back with the step (`runtime/zero/stage_1_and_2.py`). Of bf16 at stage 1 a gradient is added to its sum
+    as soon as it is there, and is there for one module at a time.
     """
     width, world = BYTES[dtype], gpus * nodes
     half = width == 2
@@ -92,9 +93,11 @@ def states(
     if zero < 3 and offload != "off":
         host = int(learns * max(4 * world, 16) * 1.5)
         return States(count, width * count, width * learns if zero == 1 else 0, 0, host)
+    if zero == 1 and dtype == "bf16":
+        sums = 4 * learns
+        return States(count, width * count, sums + width * min(largest, learns), 12 * learns // world, 0, sums)
     if zero == 1:
-        sums = 4 * learns if dtype == "bf16" else 0
-        return States(count, width * count, grads * learns, 12 * learns // world, 0, sums)
+        return States(count, width * count, grads * learns, 12 * learns // world, 0)
     if zero == 2:
         gradients = grads * learns // world
         return States(count, width * count, gradients, (grads + 12) * learns // world - gradients, 0)

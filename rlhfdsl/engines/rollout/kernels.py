@@ -138,10 +138,10 @@ def _attend(
     value = tl.load(new_values + row * nv_row + kv_head * nv_head + d, mask=kept, other=0.0)
     tl.store(key_base + newest * k_column + d, key, mask=kept)
     tl.store(value_base + newest * v_column + d, value, mask=kept)
-    score = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1)[:, None]
-    counted = (g < G)[:, None] & mine
-    score = _scores(score, heads, newest + tl.arange(0, 1), counted, bias, bias_head, scale, softcap, SOFTCAP, BIAS)
-    top = tl.where(mine, tl.max(score, 1), -float("inf"))
+    begun = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1)[:, None]
+    at, there = newest + tl.arange(0, 1), (g < G)[:, None] & mine
+    begun = _scores(begun, heads, at, there, bias, bias_head, scale, softcap, SOFTCAP, BIAS)
+    top = tl.where(mine, tl.max(begun, 1), -float("inf"))
     total = tl.where(mine, tl.full([GP], 1.0, tl.float32), 0.0)
     acc = tl.zeros([GP, DP], tl.float32) + value.to(tl.float32)[None, :]
     high = tl.minimum(high, newest)
