@@ -51,7 +51,7 @@ def run(context: Context) -> dict[str, float]:
         chosen = batch_rows(len(train), batch, update, context.seed, context.shuffles("train"))
         rows = chosen[rank::world]
         mine = [train[i] for i in rows]
-        (parts,) = micro_parts([longer(pair) for pair in mine], engine.micro, settings["length"])
+        (parts,) = micro_parts([longer(pair) for pair in mine], engine, settings["length"], sequences=2)
         if update == 0 and reference.same:
             context.report("invariants", **check(engine, reference, train, [rows[i] for i in parts[0]], context))
         # All of the reference first: with LoRA it is the policy's own engine, switched to inference.
@@ -129,7 +129,7 @@ class Reference:
         dealt, own = distributed.my_rows(len(pairs))
         lengths = [longer(pairs[i]) for i in dealt]
         found = torch.zeros(len(dealt), 2, device=engine.device)
-        (parts,) = micro_parts(lengths, engine.micro, length)
+        (parts,) = micro_parts(lengths, engine, length, sequences=2)
         for part in parts:
             found[part] = log_probs(engine, [pairs[dealt[i]] for i in part], self.context)
         return distributed.spread(found[:own], dealt[:own], len(pairs)).cpu()
@@ -172,7 +172,7 @@ def evaluate(
     settings = context.settings
     dealt, own = distributed.my_rows(len(pairs))
     found = torch.zeros(len(dealt), 2, device=engine.device, dtype=torch.float64)
-    (parts,) = micro_parts([longer(pairs[i]) for i in dealt], engine.micro, settings["length"])
+    (parts,) = micro_parts([longer(pairs[i]) for i in dealt], engine, settings["length"], sequences=2)
     for part in parts:
         rows = [dealt[i] for i in part]
         some = [pairs[i] for i in rows]

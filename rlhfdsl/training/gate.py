@@ -84,7 +84,7 @@ def _compare(trainer: OnPolicy, rollout: Rollout) -> parity.Parity:
     eager = EagerSampler(actor).log_probs(sampled, trainer.temperature)
     answers = as_answers(sampled, trainer.pad_id)
     actor.eval()
-    (parts,) = micro_parts(answers.lengths.tolist(), actor.micro, trainer.longest, len(answers))
+    (parts,) = micro_parts(answers.lengths.tolist(), actor, trainer.longest, len(answers))
     scored = rollouts.read(
         answers, parts, lambda part: rollouts.answer_statistics(actor, part, trainer.temperature)[0]
     )

@@ -1,34 +1,53 @@
 """How the rows of a minibatch are cut into micro batches: like lengths together, short rows more at a time.
 
-A micro batch is padded to its longest row, so rows of mixed lengths waste most of a pass. Losses are sums over the
-tokens of the whole minibatch, so the cut changes speed and rounding, never the gradient that is meant.
+A micro batch is padded to its longest row, so rows of mixed lengths waste most of a pass; and a pass costs its launches
+however short its rows are, which for a small model is most of its time. Losses are sums over the tokens of the whole
+minibatch, so the cut changes speed and rounding, never the gradient that is meant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import Protocol
 
 import torch
 
 from rlhfdsl.engines import distributed
 
 
-def by_length(lengths: Sequence[int], micro: int, longest: int) -> list[list[int]]:
-    """Row numbers in micro batches, the longest rows first.
+class Reader(Protocol):
+    """What reads micro batches: see `engines/engine.py`."""
 
-    micro: rows of `longest` tokens that the device has room for; a micro batch of shorter rows holds more of them, up
-    to as many tokens, padding counted. One that is half full takes no row that would be a fifth of padding.
+    micro: int
+
+    @property
+    def pass_tokens(self) -> float: ...
+
+
+def by_length(lengths: Sequence[int], room: int, beside: float) -> list[list[int]]:
+    """Row numbers in micro batches, the longest rows first: the cut that costs least.
+
+    room: tokens of a micro batch, padding counted; a longer row is alone. beside: tokens that take as long as what a
+    pass costs beside its tokens. The cost of the longest k rows is the least over the last micro batch among them.
     """
-    room = micro * longest
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, begins = [0.0], [0]
+    for end in range(1, len(rows) + 1):
+        costs = []
+        for start in range(end - 1, -1, -1):
+            tokens = (end - start) * lengths[rows[start]]
+            if tokens > room and start < end - 1:
+                break  # wider and more rows from here on
+            costs.append((least[start] + tokens + beside, start))
+        cost, start = min(costs)
+        least.append(cost)
+        begins.append(start)
     parts: list[list[int]] = []
-    width = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        full = not parts or (len(parts[-1]) + 1) * width > room
-        if full or (lengths[row] < 0.8 * width and len(parts[-1]) * width >= 0.5 * room):
-            parts.append([])
-            width = lengths[row]
-        parts[-1].append(row)
-    return parts
+    end = len(rows)
+    while end:
+        parts.append(rows[begins[end] : end])
+        end = begins[end]
+    return parts[::-1]
 
 
 def in_parts(parts: list[list[int]], count: int) -> list[list[int]]:
@@ -42,15 +61,17 @@ def in_parts(parts: list[list[int]], count: int) -> list[list[int]]:
 
 
 def micro_parts(
-    lengths: Sequence[int], micro: int, longest: int, size: int | None = None
+    lengths: Sequence[int], engine: Reader, longest: int, size: int | None = None, *, sequences: int = 1
 ) -> list[list[torch.Tensor]]:
     """The micro batches, as int64 row numbers, of each minibatch of `size` consecutive rows (None: all rows are one).
 
-    Every rank gets equally many for a minibatch: above ZeRO 0 each pass is a collective call. So all ranks call this
+    longest: tokens of a row at which the engine's micro batch was sized. sequences: of a row, 2 of pairs. Every rank
+    gets equally many micro batches for a minibatch: above ZeRO 0 each pass is a collective call. So all ranks call this
     together, with equally many rows.
     """
     size = size or len(lengths)
-    cut = [by_length(lengths[start : start + size], micro, longest) for start in range(0, len(lengths), size)]
+    room, beside = engine.micro * longest, engine.pass_tokens / sequences
+    cut = [by_length(lengths[start : start + size], room, beside) for start in range(0, len(lengths), size)]
     most = distributed.all_max(torch.tensor([len(parts) for parts in cut])).tolist()
     return [
         [torch.tensor(rows) + number * size for rows in in_parts(parts, count)]

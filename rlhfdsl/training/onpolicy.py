@@ -190,7 +190,7 @@ class OnPolicy(ABC):
         of rows twice, the two differ by rounding.
         """
         size = self.settings["update"]["minibatch"] // distributed.world()
-        return micro_parts(answers.lengths.tolist(), engine.micro, self.longest, size)
+        return micro_parts(answers.lengths.tolist(), engine, self.longest, size)
 
     def shaped(self, scored: Scored) -> Tensor:
         """Scores as the algorithm sees them, [B]: clipped, and moved by `missing_eos` where the answer did not end."""

@@ -80,7 +80,7 @@ def pretraining_gradients(
     """
     tokens = supervised_tokens(rows, engine.device)
     total = torch.zeros((), device=engine.device)
-    (parts,) = micro_parts([len(row.ids) for row in rows], engine.micro, longest)
+    (parts,) = micro_parts([len(row.ids) for row in rows], engine, longest)
     for part in parts:
         loss = token_loss(engine, collate([rows[i] for i in part], pad_id).to(engine.device), tokens)
         engine.backward(weight * loss)

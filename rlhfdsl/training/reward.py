@@ -38,7 +38,7 @@ def run(context: Context) -> dict[str, float]:
         mine = [train[i] for i in chosen[rank::world]]
         engine.train()
         sums = torch.zeros(3, device=engine.device)
-        (parts,) = micro_parts([longer(pair) for pair in mine], engine.micro, settings["length"])
+        (parts,) = micro_parts([longer(pair) for pair in mine], engine, settings["length"], sequences=2)
         for rows in parts:
             better, worse = score_pairs(engine, [mine[i] for i in rows], context)
             losses = pair_loss(better, worse)
@@ -95,7 +95,7 @@ def evaluate(engine: ScalarEngine, pairs: Sequence[Pair], context: Context) -> d
     engine.eval()
     dealt, own = distributed.my_rows(len(pairs))
     scores = torch.zeros(len(dealt), 2, device=engine.device, dtype=torch.float64)
-    (parts,) = micro_parts([longer(pairs[i]) for i in dealt], engine.micro, context.settings["length"])
+    (parts,) = micro_parts([longer(pairs[i]) for i in dealt], engine, context.settings["length"], sequences=2)
     for part in parts:
         scores[part] = torch.stack(score_pairs(engine, [pairs[dealt[i]] for i in part], context), 1).double()
     whole = distributed.spread(scores[:own], dealt[:own], len(pairs))

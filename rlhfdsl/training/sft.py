@@ -42,7 +42,7 @@ def run(context: Context) -> dict[str, float]:
         tokens = supervised_tokens(mine, engine.device)
         engine.train()
         loss = torch.zeros((), device=engine.device)
-        (parts,) = micro_parts([len(row.ids) for row in mine], engine.micro, settings["length"])
+        (parts,) = micro_parts([len(row.ids) for row in mine], engine, settings["length"])
         for rows in parts:
             part = token_loss(engine, collate([mine[i] for i in rows], context.pad_id).to(engine.device), tokens)
             engine.backward(part)
@@ -87,7 +87,7 @@ def evaluate(engine: PolicyEngine, rows: Sequence[Example], context: Context) ->
     engine.eval()
     dealt, own = distributed.my_rows(len(rows))
     total = torch.zeros(2, device=engine.device, dtype=torch.float64)
-    (parts,) = micro_parts([len(rows[i].ids) for i in dealt], engine.micro, context.settings["length"])
+    (parts,) = micro_parts([len(rows[i].ids) for i in dealt], engine, context.settings["length"])
     for part in parts:
         batch = collate([rows[dealt[i]] for i in part], context.pad_id).to(engine.device)
         log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss))

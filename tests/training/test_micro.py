@@ -1,6 +1,8 @@
 """Micro batches of like lengths: every row once, within the tokens of a full one, and far less padding."""
 
 import random
+from itertools import product
+from types import SimpleNamespace
 
 from rlhfdsl.training.micro import by_length, in_parts, in_turn, micro_parts
 
@@ -10,15 +12,42 @@ def padded(parts, lengths):
 
 
 def test_a_cut_by_hand():
-    # 2 rows of 10 tokens fit: 20. 12 alone; two rows of 9 are 18; 5, 5 and 4 are 15, three quarters full, and a row of
-    # 3 beside them would be two fifths of padding.
-    assert by_length([9, 5, 4, 8, 12, 5, 3, 1], 2, 10) == [[4], [0, 3], [1, 5, 2], [6, 7]]
-    assert by_length([3, 3], 8, 10) == [[0, 1]]
+    # 20 tokens fit: one row of 12, two of 9, three of 5 (15), two of 3 (6). Where 25 fit the last five are one micro
+    # batch, 25 and a pass, if a pass costs more than 4 tokens: two are 15 + 6 and two passes.
+    assert by_length([9, 5, 4, 8, 12, 5, 3, 1], 20, 3) == [[4], [0, 3], [1, 5, 2], [6, 7]]
+    assert by_length([9, 5, 4, 8, 12, 5, 3, 1], 25, 3) == [[4], [0, 3], [1, 5, 2], [6, 7]]
+    assert by_length([9, 5, 4, 8, 12, 5, 3, 1], 25, 5) == [[4], [0, 3], [1, 5, 2, 6, 7]]
+    assert by_length([], 20, 3) == []
+
+
+def test_a_pass_is_worth_its_padding():
+    assert by_length([9, 1], 100, 10) == [[0, 1]]  # 18 + 10 before 9 + 1 + 2 x 10
+    assert by_length([9, 1], 100, 7) == [[0], [1]]  # 9 + 1 + 2 x 7 before 18 + 7
+    assert by_length([30, 1], 20, 50) == [[0], [1]]  # a row that is too long is alone
+
+
+def test_no_cut_costs_less():
+    draw = random.Random(3)
+    for _ in range(30):
+        lengths = sorted((draw.randint(1, 30) for _ in range(8)), reverse=True)
+        room, beside = draw.randint(30, 90), draw.randint(0, 40)
+
+        def cost(parts, lengths=lengths, beside=beside):
+            return padded(parts, lengths) + beside * len(parts)
+
+        cuts = []
+        for joints in product((False, True), repeat=7):
+            cut = [[0]]
+            for row, begins in enumerate(joints, 1):
+                cut = [*cut, [row]] if begins else [*cut[:-1], [*cut[-1], row]]
+            if all(len(rows) * lengths[rows[0]] <= room for rows in cut):
+                cuts.append(cost(cut))
+        assert cost(by_length(lengths, room, beside)) == min(cuts)
 
 
 def test_every_row_once_and_none_too_wide():
     lengths = [random.Random(1).randint(1, 64) for _ in range(50)]
-    parts = by_length(lengths, 4, 64)
+    parts = by_length(lengths, 4 * 64, 20)
     assert sorted(row for rows in parts for row in rows) == list(range(50))
     assert all(len(rows) * max(lengths[row] for row in rows) <= 4 * 64 for rows in parts)
 
@@ -29,7 +58,8 @@ def test_more_parts_for_a_rank_that_has_fewer():
 
 
 def test_a_minibatch_keeps_its_rows():
-    cut = micro_parts([5, 1, 9, 8], 2, 9, size=2)
+    engine = SimpleNamespace(micro=2, pass_tokens=100.0)
+    cut = micro_parts([5, 1, 9, 8], engine, 9, size=2)
     assert [[rows.tolist() for rows in parts] for parts in cut] == [[[0, 1]], [[2, 3]]]
 
 
@@ -38,7 +68,7 @@ def test_unequal_answers_are_padded_little():
     draw = random.Random(7)
     lengths = [64 + min(256, round(draw.lognormvariate(4.16, 0.8))) for _ in range(256)]
     in_order = [list(range(start, start + 16)) for start in range(0, 256, 16)]
-    parts = by_length(lengths, 16, 320)
+    parts = by_length(lengths, 16 * 320, 500)
     assert padded(in_order, lengths) > 1.6 * sum(lengths)
     assert padded(parts, lengths) < 1.15 * sum(lengths) and len(parts) < len(in_order)
 
