@@ -14,11 +14,12 @@ class Slow:
 
     functions = {"relu": torch.relu, "silu": functional.silu, "gelu": functional.gelu}
 
-    def __init__(self):
+    def __init__(self, few=True):
         self.calls = []
+        self.few = few
 
     def takes_product(self, x, weight, bias):
-        return True
+        return self.few
 
     def takes_norm(self, x, weight):
         return True
@@ -32,9 +33,23 @@ class Slow:
             value = self.functions[activation](value)
         out.copy_(value if added is None else value + added)
 
-    def layer_norm(self, x, weight, bias, eps):
-        self.calls.append("norm")
+    def layer_norm(self, x, weight, bias, eps, added=None, total=None):
+        self.calls.append("norm" if added is None else "norm of a sum")
+        x = x if added is None else total.copy_(x + added)
         return functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def rms_norm(self, x, weight, eps, added=None, total=None):
+        self.calls.append("norm" if added is None else "norm of a sum")
+        x = x if added is None else total.copy_(x + added)
+        return functional.rms_norm(x, weight.shape, weight, eps)
+
+    def activated(self, x, activation, factor, out):
+        self.calls.append((activation, "alone" if factor is None else "times"))
+        value = functional.gelu(x, approximate="tanh") if activation == "gelu_tanh" else self.functions[activation](x)
+        out.copy_(value if factor is None else value * factor)
+
+    def takes_rows(self, x):
+        return True
 
 
 @pytest.fixture
@@ -45,8 +60,10 @@ def slow():
 LAYER, X = nn.Linear(8, 8), torch.arange(24.0).view(3, 8) / 24
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("name", TYPES)
-def test_the_logits_of_every_type_are_those_of_its_own_forward(name, slow):
+def test_the_logits_of_every_type_are_those_of_its_own_forward(name, few):
+    slow = Slow(few)
     model = tiny_model(name).eval()
     ids = torch.arange(1, 13).view(2, 6)
     with torch.no_grad():
@@ -66,6 +83,53 @@ def test_an_opt_layer_is_four_products_and_two_norms(slow):
     assert products[-3:] == [(None, True), ("relu", False), (None, True)] and slow.calls.count("norm") == 2
 
 
+def test_in_many_rows_a_norm_takes_the_sum_before_it():
+    slow = Slow(few=False)
+    model = tiny_model("opt").eval()
+    x = torch.randn(2, 3, model.config.hidden_size)
+    layer = model.get_decoder().layers[0]
+    with torch.no_grad():
+        expected = layer(x)
+        with Peephole(slow):
+            found = layer(x)
+    torch.testing.assert_close(found, expected)
+    assert slow.calls == ["norm", "norm of a sum", ("relu", "alone")]
+
+
+@torch.no_grad()
+def test_a_sum_is_there_beside_its_norm():
+    slow = Slow(few=False)
+    y, weight = X.flip(0), torch.linspace(0.5, 2, 8)
+    with Peephole(slow) as mode:
+        total = X + y
+        normed = mode.rms_norm(total.view(1, 3, 8), weight, 1e-6)
+        later = X + y
+        other = mode.rms_norm(later[:2], weight, 1e-6)  # of a part of it
+    assert slow.calls == ["norm of a sum", "norm"]
+    torch.testing.assert_close(total, X + y)
+    torch.testing.assert_close(normed, functional.rms_norm(X + y, (8,), weight, 1e-6).view(1, 3, 8))
+    torch.testing.assert_close(later, X + y)
+    torch.testing.assert_close(other, functional.rms_norm((X + y)[:2], (8,), weight, 1e-6))
+
+
+@torch.no_grad()
+def test_a_product_takes_the_activation_before_it():
+    slow = Slow(few=False)
+    gate, up = X.flip(0), X + 1
+    with Peephole(slow):
+        out = functional.silu(gate) * up
+    torch.testing.assert_close(out, functional.silu(gate) * up)
+    assert slow.calls == [("silu", "times")]
+    with Peephole(slow):
+        active = functional.silu(gate)
+        out = up * active
+        square = functional.silu(gate) * 2.0
+    torch.testing.assert_close(active, functional.silu(gate))
+    torch.testing.assert_close(out, functional.silu(gate) * up)
+    torch.testing.assert_close(square, functional.silu(gate) * 2)
+    assert slow.calls[1:] == [("silu", "alone"), ("silu", "times"), ("silu", "alone")]
+
+
 @torch.no_grad()
 def test_what_follows_goes_along_and_what_does_not_is_not_taken(slow):
     with Peephole(slow):
@@ -77,7 +141,7 @@ def test_what_follows_goes_along_and_what_does_not_is_not_taken(slow):
         wide = LAYER(X) + X[0]  # a sum that broadcasts
     torch.testing.assert_close(out, functional.relu(LAYER(X) + X))
     torch.testing.assert_close(wide, LAYER(X) + X[0])
-    assert slow.calls[1:] == [(None, True), (None, False)]
+    assert slow.calls[1:] == [(None, True), ("relu", "alone"), (None, False)]
     with Peephole(slow):
         twice = torch.add(LAYER(X), X, alpha=2)
     torch.testing.assert_close(twice, LAYER(X) + 2 * X)

@@ -1,4 +1,5 @@
-"""Triton kernels for the dense layers of a decode step: a product with what follows it, and norms, of a few rows.
+"""Triton kernels for the dense layers of a decode step: norms with the sum before them, activations with the product
+after them, and of a few rows the products of linear layers with what follows them.
 
 Such a product reads its weights once and computes next to nothing, so what counts is that memory is never idle.
 """
@@ -15,6 +16,7 @@ from rlhfdsl.engines.rollout.launch import early_launch
 ROWS = 32  # more are left to cuBLAS
 COLUMNS = 1024  # of the output; fewer do not keep a GPU busy
 WIDTH = 16_384  # elements of a row that a norm reads at once
+BLOCK = 1024  # elements of a row that one program activates
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
@@ -94,14 +96,7 @@ def _product(
         gdc_launch_dependents()
     if BIAS:
         total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == 1:
-        total = tl.maximum(total, 0.0)
-    elif ACTIVATION == 2:
-        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
-    elif ACTIVATION == 3:
-        total = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
-    elif ACTIVATION == 4:
-        total = total * tl.sigmoid(total)
+    total = _active(total, ACTIVATION)
     place = row[:, None] * n + column[None, :]
     here = (row < rows)[:, None] & real[None, :]
     if ADDED:
@@ -109,33 +104,96 @@ def _product(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=here)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """As `torch.nn.functional.layer_norm` over the last dimension, of half types."""
-    return _normed(x, weight, bias, eps, centred=True)
+def takes_rows(x: torch.Tensor) -> bool:
+    """Whether `activated`, and a norm's sum, are meant for this."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and half and x.dim() >= 2 and x.stride(-1) == 1 and x.numel() > 0
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps), rounded to x's type and then times weight (Zhang and Sennrich 2019, as in Llama)."""
-    return _normed(x, weight, None, eps, centred=False)
+def activated(x: torch.Tensor, activation: str, factor: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out [..., N] = activation(x [..., K]) rounded, times factor [..., N] if there is one."""
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    factors = rows if factor is None else factor.reshape(-1, width)
+    _activated[(len(rows), triton.cdiv(width, BLOCK))](
+        rows, factors, out, width, rows.stride(0), factors.stride(0), ACTIVATION=ACTIVATIONS[activation],
+        FACTOR=factor is not None, BLOCK=BLOCK, num_warps=4, **early_launch(x.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _active(value, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:
+        value = tl.maximum(value, 0.0)
+    elif ACTIVATION == 2:
+        value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+    elif ACTIVATION == 3:
+        value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    elif ACTIVATION == 4:
+        value = value * tl.sigmoid(value)
+    return value
+
+
+@triton.jit
+def _activated(
+    x, factor, out, width, x_row, factor_row,
+    ACTIVATION: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = column < width
+    if EARLY:
+        gdc_wait()
+    value = tl.load(x + row * x_row + column, mask=real, other=0.0)
+    value = _active(value.to(tl.float32), ACTIVATION).to(out.dtype.element_ty)
+    if FACTOR:
+        value = value * tl.load(factor + row * factor_row + column, mask=real, other=0.0)
+    if EARLY:
+        gdc_launch_dependents()
+    tl.store(out + row * width + column, value, mask=real)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+    added: torch.Tensor | None = None, total: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """As `torch.nn.functional.layer_norm` over the last dimension, of half types.
+
+    added: the norm is of x + added, rounded, which also goes to `total`.
+    """
+    return _normed(x, weight, bias, eps, added, total, centred=True)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float,
+    added: torch.Tensor | None = None, total: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """x / sqrt(mean(x^2) + eps), rounded to x's type and then times weight (Zhang and Sennrich 2019, as in Llama).
+
+    added, total: as in `layer_norm`.
+    """
+    return _normed(x, weight, None, eps, added, total, centred=False)
 
 
 def _normed(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, centred: bool
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+    added: torch.Tensor | None, total: torch.Tensor | None, centred: bool,
+) -> torch.Tensor:  # fmt: skip
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
     _norm[(x.numel() // width,)](
-        x, weight, weight if bias is None else bias, out, width, eps, WIDTH=triton.next_power_of_2(width),
-        CENTRED=centred, BIAS=bias is not None, num_warps=8 if width > 1024 else 4, **early_launch(x.device),
+        x, x if added is None else added, x if total is None else total, weight, weight if bias is None else bias, out,
+        width, eps, WIDTH=triton.next_power_of_2(width), CENTRED=centred, BIAS=bias is not None,
+        ADDED=added is not None, num_warps=8 if width > 1024 else 4, **early_launch(x.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _norm(
-    x, weight, bias, out, width, eps,
-    WIDTH: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    x, added, total, weight, bias, out, width, eps,
+    WIDTH: tl.constexpr, CENTRED: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -144,6 +202,11 @@ def _norm(
     if EARLY:
         gdc_wait()
     value = tl.load(x + row * width + column, mask=real, other=0.0).to(tl.float32)
+    if ADDED:
+        value += tl.load(added + row * width + column, mask=real, other=0.0).to(tl.float32)
+        rounded = value.to(out.dtype.element_ty)
+        tl.store(total + row * width + column, rounded, mask=real)
+        value = rounded.to(tl.float32)
     if CENTRED:
         value = tl.where(real, value - tl.sum(value, 0) / width, 0.0)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / width + eps)

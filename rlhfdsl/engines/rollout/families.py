@@ -4,6 +4,8 @@ BLOOM, Falcon, GPT-J, GPT-Neo and MPT attend in their own modules. For the time 
 forward from here: it projects as its own does, and attends as every other type does. These models get no mask, under
 which they make none, and so the row lengths come with the cache. A forward reads no value from the device, since a
 decode step is captured in a CUDA graph.
+
+OPT is behind the interface, but scales its queries before: here attention scales, with one kernel less.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from transformers.models.falcon import modeling_falcon
 from transformers.models.gpt_neo import modeling_gpt_neo
 from transformers.models.gptj import modeling_gptj
 from transformers.models.mpt import modeling_mpt
+from transformers.models.opt import modeling_opt
 
 from rlhfdsl.engines.rollout.attention import attend
 from rlhfdsl.engines.rollout.cache import RowCache
@@ -92,6 +95,14 @@ def _mpt(
     ), None
 
 
+def _opt(
+    module: nn.Module, hidden_states: torch.Tensor, past_key_values: RowCache, **kwargs: object
+) -> tuple[torch.Tensor, None]:
+    query, key, value = (x.transpose(1, 2) for x in _projected(module, hidden_states))
+    out = _attended(module.layer_idx, past_key_values, query, key, value, scaling=module.scaling)
+    return module.out_proj(out), None
+
+
 def _projected(module: nn.Module, hidden_states: torch.Tensor) -> list[torch.Tensor]:
     """Query, key and value [B, T, H, D]."""
     layers = (module.q_proj, module.k_proj, module.v_proj)
@@ -152,11 +163,13 @@ _FAMILIES: dict[type[nn.Module], tuple[type[nn.Module], Callable]] = {
     modeling_gptj.GPTJPreTrainedModel: (modeling_gptj.GPTJAttention, _gptj),
     modeling_gpt_neo.GPTNeoPreTrainedModel: (modeling_gpt_neo.GPTNeoSelfAttention, _gpt_neo),
     modeling_mpt.MptPreTrainedModel: (modeling_mpt.MptAttention, _mpt),
+    modeling_opt.OPTPreTrainedModel: (modeling_opt.OPTAttention, _opt),
 }
 
 
-def has_own_attention(model: nn.Module) -> bool:
-    return isinstance(model, tuple(_FAMILIES))
+def gets_no_mask(model: nn.Module) -> bool:
+    """Whether the row lengths cannot come as a mask that the model hands through."""
+    return isinstance(model, tuple(_FAMILIES)) and not isinstance(model, modeling_opt.OPTPreTrainedModel)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 A decode step is a few hundred small kernels. Projections of one input whose weights lie side by side in memory (as
 ZeRO's flat buffers lay them: queries, keys and values; gate and up) are one product over a view of all of them. A
-product of few rows takes its activation and the sum with the residual along. Norms are one kernel each, of our own or
-compiled by torch, as rotary embeddings are.
+product of few rows takes its activation and the sum with the residual along; of more rows the norm takes the sum, and
+the product of a gated MLP its activation. Norms are one kernel each, of our own or compiled by torch, as rotary
+embeddings are.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _norm(module: nn.Module, mode: Peephole) -> Callable[..., torch.Tensor] | No
             return None
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if isinstance(eps, float) and _same(module, partial(dense.rms_norm, weight=weight, eps=eps)):
-            return partial(_call, mode, partial(dense.rms_norm, weight=weight, eps=eps))
+            return partial(mode.rms_norm, weight=weight, eps=eps)
     return partial(_call, mode, partial(_compiled(type(module).forward), module))
 
 

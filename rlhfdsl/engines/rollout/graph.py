@@ -20,7 +20,7 @@ from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.engines.rollout.attention import over_rows
 from rlhfdsl.engines.rollout.cache import RowCache
 from rlhfdsl.engines.rollout.eager import answer_lengths
-from rlhfdsl.engines.rollout.families import has_own_attention, own_attention
+from rlhfdsl.engines.rollout.families import gets_no_mask, own_attention
 from rlhfdsl.engines.rollout.fusing import fused
 from rlhfdsl.engines.rollout.group import TensorGroup
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling, right_padded
@@ -197,7 +197,7 @@ class GraphSampler(Sampler):
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, 1, V] of the last column, of prompts or of a token of each row as the cache has been told."""
-        mask = None if has_own_attention(self.model) else self.cache.lengths
+        mask = None if gets_no_mask(self.model) else self.cache.lengths
         arguments = {"position_ids": positions} if takes(type(self.model), "position_ids") else {}
         return self.model(
             input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1,

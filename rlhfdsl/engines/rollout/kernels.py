@@ -19,8 +19,7 @@ from rlhfdsl.engines.rollout.launch import early_launch
 SAMPLE_BLOCK = 4096  # tokens of the vocabulary that one program reads
 _PROGRAMS = 1024  # programs that keep a GPU busy: a row's columns are split until there are about as many
 _MAX_SPLITS = 16
-_BLOCK = 4096  # cache elements that one program reads at a time
-_WARPS = 2
+_BLOCK = 2048  # keys' elements that one warp reads at a time, of heads of up to 128
 
 # SplitMix64's constants as in `sampling.py`
 _GOLDEN = tl.constexpr(-0x61C8864680B583EB)
@@ -73,7 +72,7 @@ def attend(
         values.stride(0), values.stride(1), values.stride(2),
         KV_HEADS=kv_heads, G=group, GP=1 if group == 1 else max(16, triton.next_power_of_2(group)),
         D=size, DP=padded, BLOCK=block, SPLITS=splits, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        BIAS=bias is not None, num_warps=_WARPS, **early_launch(query.device),
+        BIAS=bias is not None, num_warps=max(1, padded // 128), **early_launch(query.device),
     )  # fmt: skip
     return out
 
