@@ -44,7 +44,7 @@ class Engine:
         )
         self.device = self.deepspeed.device
         passes.without_masks(self.module)
-        gradients.added_at_once(self.deepspeed.optimizer)
+        gradients.in_few_passes(self.deepspeed.optimizer)
         if spec["trains"] and spec["zero"] == 0:
             self.deepspeed.clip_fp32_gradients = self._clip
         if not spec["trains"]:

@@ -57,6 +57,32 @@ def test_norms(dense, width, dtype):
     torch.testing.assert_close(dense.rms_norm(x, weight, 1e-6), module(x), atol=0, rtol=2 * eps)
 
 
+@pytest.mark.parametrize("rows", [3, 128])
+@pytest.mark.parametrize("width", [100, 2048])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_a_sum(dense, rows, width, dtype):
+    x, y, weight = (random(*shape, dtype=dtype) for shape in ((rows, 1, width), (rows, 1, width), (width,)))
+    for norm in (lambda x, **along: dense.layer_norm(x, weight, weight, 1e-5, **along),
+                 lambda x, **along: dense.rms_norm(x, weight, 1e-6, **along)):  # fmt: skip
+        total = torch.full_like(x, torch.nan)
+        found = norm(x, added=y, total=total)
+        assert torch.equal(total, x + y) and torch.equal(found, norm(x + y))
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
+@pytest.mark.parametrize("width", [100, 2048, 8200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_activations_of_a_part(dense, activation, width, dtype):
+    gate, up = random(17, 1, 2 * width, dtype=dtype).split(width, -1)
+    eps = torch.finfo(dtype).eps
+    expected = ACTIVATIONS[activation](gate.float()).to(dtype)
+    out = torch.empty(17, 1, width, dtype=dtype, device="cuda")
+    dense.activated(gate, activation, None, out)
+    torch.testing.assert_close(out, expected, atol=eps, rtol=2 * eps)
+    dense.activated(gate, activation, up, out)
+    torch.testing.assert_close(out, expected * up, atol=4 * eps, rtol=4 * eps)
+
+
 def test_a_chain_of_early_launches_is_in_order(dense):
     """Each product reads what the one before wrote, in a captured graph as in a decode step."""
     weights = [random(2048, 2048, dtype=torch.bfloat16) * 2048**-0.5 for _ in range(20)]

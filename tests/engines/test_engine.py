@@ -66,6 +66,34 @@ def test_update_equals_plain_adamw_however_the_batch_is_cut(source, zero):
     torch.testing.assert_close(weights(policy.module), weights(plain), atol=2e-6, rtol=1e-5)
 
 
+def test_gradients_in_bf16_are_summed_in_fp32_clipped_by_the_norm_of_all_and_freed(source):
+    ids, tokens = some_ids(), (LENGTHS - 1).sum()
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    masters = [p.detach().float().requires_grad_() for p in plain.parameters()]
+    optimizer = torch.optim.AdamW(masters, lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    policy = engine(PolicyEngine, source, spec(zero=1, dtype="bf16", grad_clip=0.5))
+    for _ in range(2):
+        policy.train()
+        sums = [torch.zeros_like(master) for master in masters]
+        for rows in ([0], [1, 2], [3]):
+            policy.backward(nll(policy, ids, LENGTHS, rows, tokens))
+            assert all(p.grad is None for p in policy.module.parameters())
+            log_probs = selected_log_probs(plain(ids[rows]).logits[:, :-1], ids[rows, 1:])
+            token_mean(-log_probs, length_mask(LENGTHS[rows], 12)[:, 1:], tokens, 1).backward()
+            for total, parameter in zip(sums, plain.parameters(), strict=True):
+                total += parameter.grad.float()
+                parameter.grad = None
+        norm = torch.cat([total.flatten() for total in sums]).norm()
+        assert norm > 0.5
+        assert policy.step()["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        for master, total in zip(masters, sums, strict=True):
+            master.grad = total * 0.5 / norm
+        optimizer.step()
+        for parameter, master in zip(plain.parameters(), masters, strict=True):
+            parameter.data.copy_(master)
+    torch.testing.assert_close(weights(policy.module), weights(plain), atol=1e-5, rtol=2**-8)
+
+
 @pytest.mark.parametrize("zero", [0, 2, 3])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_number_that_is_none_ends_the_run(source, zero, what):

@@ -1,5 +1,7 @@
 """The graph rollout and its kernels on a CUDA device, beside `generate` and torch. One command: `make test-gpu`."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from rollouts import LORA, PROMPTS, TYPES, judged, learn, same, sampled, tiny
@@ -9,6 +11,7 @@ from rlhfdsl.engines.rollout.attention import decode
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.engines.rollout.sampling import gumbel, row_seeds
+from rlhfdsl.engines.rollout.slots import Slots
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -171,6 +174,26 @@ def test_draws_are_those_of_the_torch_sampler(dtype, vocabulary):
     assert (chosen == noisy.argmax(1)).float().mean() > 0.98
     expected = scaled.log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stops", [(-1,), (3, 5, 8), tuple(range(0, 400, 2))])
+def test_slots_advance_as_in_torch(stops):
+    from rlhfdsl.engines.rollout import kernels
+
+    rows, longest, stops = 64, 6, torch.tensor(stops, device="cuda")
+    g = torch.Generator("cuda").manual_seed(0)
+    slots = Slots.empty(80, 9, torch.device("cuda")).first(rows)
+    slots.idle.copy_(torch.arange(rows, device="cuda") % 5 == 0)
+    slots.write.copy_(torch.arange(rows, device="cuda"))
+    slots.seed.copy_(row_seeds(3, 1, torch.arange(rows)))
+    other = Slots(**{field.name: getattr(slots, field.name).clone() for field in fields(slots)})
+    for _ in range(longest + 1):
+        logits = torch.randn(rows, 400, generator=g, device="cuda")
+        other.advance(*kernels.draw(logits, 0.7, other.seed, other.step), stops, longest)
+        kernels.advance(logits, 0.7, slots, stops, longest)
+        for field in fields(slots):
+            assert torch.equal(getattr(slots, field.name), getattr(other, field.name)), field.name
+    assert slots.idle.all() and (slots.step[slots.step > 0] <= longest).all()
 
 
 def test_draws_follow_the_softmax():

@@ -178,22 +178,18 @@ class GraphSampler(Sampler):
 
     def _step(self, slots: Slots) -> None:
         """Read one token of every slot and draw the next; an idle slot goes through the motions and changes nothing."""
-        law, busy = self._law, ~slots.idle
+        law = self._law
         self.cache.decode(slots.write, slots.length)
         logits = self._forward(slots.token.unsqueeze(1), slots.write.unsqueeze(1))[:, -1]
+        if logits.is_cuda and self.group is None:
+            from rlhfdsl.engines.rollout import kernels
+
+            kernels.advance(logits, law.temperature, slots, self._stops, law.longest)
+            return
         chosen, log_probs = draw(logits, law.temperature, slots.seed, slots.step)
         if self.group is not None:
             chosen, log_probs = self.group.agreed(chosen, log_probs)
-        column = slots.step.clamp(max=slots.answers.shape[1] - 1).unsqueeze(1)
-        slots.answers.scatter_(1, column, torch.where(busy, chosen, slots.answers.gather(1, column)[:, 0]).unsqueeze(1))
-        slots.log_probs.scatter_(
-            1, column, torch.where(busy, log_probs, slots.log_probs.gather(1, column)[:, 0]).unsqueeze(1)
-        )
-        slots.step.add_(busy)
-        slots.idle.logical_or_((chosen.unsqueeze(1) == self._stops).any(1) | (slots.step >= law.longest))
-        slots.token.copy_(torch.where(busy, chosen, slots.token))
-        slots.write.add_(~slots.idle)
-        slots.length.copy_(((slots.write + 1) * ~slots.idle).view(-1, 1, 1, 1))
+        slots.advance(chosen, log_probs, self._stops, law.longest)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, 1, V] of the last column, of prompts or of a token of each row as the cache has been told."""

@@ -41,6 +41,21 @@ class Slots:
         """Views of the first slots, at the same addresses."""
         return Slots(**{field.name: getattr(self, field.name)[:count] for field in fields(self)})
 
+    def advance(self, chosen: torch.Tensor, log_probs: torch.Tensor, stops: torch.Tensor, longest: int) -> None:
+        """Note a drawn token [S] and its log-probability [S]; an answer that ends leaves its slot idle.
+
+        stops: ids that end an answer. An idle slot changes nothing.
+        """
+        busy = ~self.idle
+        column = self.step.clamp(max=self.answers.shape[1] - 1).unsqueeze(1)
+        for notes, new in ((self.answers, chosen), (self.log_probs, log_probs)):
+            notes.scatter_(1, column, torch.where(busy, new, notes.gather(1, column)[:, 0]).unsqueeze(1))
+        self.step.add_(busy)
+        self.idle.logical_or_((chosen.unsqueeze(1) == stops).any(1) | (self.step >= longest))
+        self.token.copy_(torch.where(busy, chosen, self.token))
+        self.write.add_(~self.idle)
+        self.length.copy_(((self.write + 1) * ~self.idle).view(-1, 1, 1, 1))
+
     def rest(self) -> None:
         """Make every slot idle."""
         for field in fields(self):
