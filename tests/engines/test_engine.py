@@ -85,7 +85,7 @@ def test_gradients_in_bf16_are_summed_in_fp32_clipped_by_the_norm_of_all_and_fre
                 parameter.grad = None
         norm = torch.cat([total.flatten() for total in sums]).norm()
         assert norm > 0.5
-        assert policy.step()["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert policy.step()["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         for master, total in zip(masters, sums, strict=True):
             master.grad = total * 0.5 / norm
         optimizer.step()

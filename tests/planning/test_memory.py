@@ -56,7 +56,7 @@ def test_what_the_estimators_leave_out():
 
     assert each(dtype="fp32", zero=0) == 16
     assert each(dtype="fp32", zero=2) == 4 + (4 + 12) / 4
-    assert each(zero=1) == 2 + 6 + 12 / 4  # every rank keeps all gradients, in bf16 and in fp32
+    assert each(zero=1) == 2 + 4 + 12 / 4  # every rank keeps all sums of gradients, in fp32
     assert each(trains=False, zero=0) == 2
     assert each(trains=False, zero=3) == 2 / 4
     assert each(trains=False, zero=3, offload="params") == 0
