@@ -131,6 +131,11 @@ class _Clock:
         return self.rates.forward / traffic.LAYER_LAUNCHES
 
     @property
+    def launches(self) -> tuple[int, int]:
+        """Launches for each tensor that trains, of a micro batch and of a step."""
+        return traffic.launches(self.placed.need.dtype, self.placed.zero)
+
+    @property
     def trained_tensors(self) -> int:
         return traffic.trained_tensors(self.shape, not self.causal, self.placed.need.lora)
 
@@ -197,7 +202,7 @@ class _Clock:
         out += (forwards - 1) * CHECKPOINT * self.shape.layers * self.rates.forward
         if self.placed.zero == 3:
             out += (forwards + train) * traffic.tensors(self.shape, not self.causal) * HOOKS
-        return out + traffic.SUM_LAUNCHES * self.trained_tensors * self.launch * train
+        return out + self.launches[0] * self.trained_tensors * self.launch * train
 
     @property
     def woken(self) -> float:
@@ -231,14 +236,14 @@ class _Clock:
         zero, world = self.placed.zero, self.target.world
         size, dtype = self.width * self.learns, self.placed.need.dtype
         step = traffic.STEP[dtype] * self.learns / (world if zero else 1) / self.rates.copy
-        if zero == 1 and dtype == "bf16":
+        if traffic.at_once(dtype, zero):
             step += (traffic.STEP_SUMS + traffic.STEP_WHOLE * (1 - 1 / world)) * self.learns / self.rates.copy
         if self.placed.offload in ("optimizer", "both"):
             moved = (4 + self.width) * self.learns / world / self.rates.host
             step = moved + traffic.STEP[dtype] * self.learns / self.target.nodes / HOST_MEMORY
             if self.placed.need.nvme is not None:
                 step += nvme.step_seconds(self.learns, self.target.nodes)
-        step += traffic.STEP_LAUNCHES * self.trained_tensors * self.launch
+        step += self.launches[1] * self.trained_tensors * self.launch
         if zero == 0:
             step += self.across(2 * size)
         elif zero == 1:

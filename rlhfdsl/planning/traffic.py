@@ -20,8 +20,8 @@ CHUNKED, CHUNKED_BACKWARD = 54, 46
 # Elements for each logit in the kernels of a GPU (training/kernels.py). Forward: read. Backward: zeros, read, written.
 FUSED, FUSED_BACKWARD = 1, 3
 # Bytes for each parameter and micro batch. Of what a device owns: a gradient added to its sum, from 16 bits by way of a
-# copy in fp32 (6), but for bf16 at stage 1 (engines/gradients.py). Of all below stage 2: autograd's sum in 16 bits (6)
-# over zeros (2), which in fp32 is the sum itself.
+# copy in fp32 (6). Of all below stage 2: autograd's sum in 16 bits (6) over zeros (2), which in fp32 is the sum itself.
+# bf16 at stage 1 is added without either (engines/gradients.py).
 SUMS, BELOW_TWO = {"bf16": 18, "fp16": 18, "fp32": 12}, {"bf16": 8, "fp16": 8, "fp32": 0}
 AT_ONCE = 10
 BUCKET = 4  # elements from stage 2 on: put into a bucket and divided there
@@ -30,8 +30,10 @@ STEP = {"bf16": 46, "fp16": 46, "fp32": 40}
 # More where bf16 has a buffer of all sums (stage 1): copied after its reduction (8), set to 0 twice (8); norm and
 # clipping (12) are those of the whole buffer on every device.
 STEP_SUMS, STEP_WHOLE = 16, 12
-# Launches for each tensor that trains: a micro batch's copy, sum and zeros, and a step's norm, clipping and lists.
+# Launches for each tensor that trains: a micro batch's copy, sum and zeros, and a step's norm, clipping and lists. bf16
+# at stage 1 has a sum and a hook, and a step reads flat buffers.
 SUM_LAUNCHES, STEP_LAUNCHES = 3, 4
+SUM_LAUNCHES_AT_ONCE, STEP_LAUNCHES_AT_ONCE = 2, 1
 LAYER_LAUNCHES = 30  # kernels of a layer's forward pass (OPT), by which the host's seconds for a layer are those of one
 
 
@@ -59,7 +61,19 @@ def sums(dtype: str, zero: int, world: int) -> float:
     """Bytes for each parameter that trains, of adding a micro batch's gradient to its sum."""
     if zero >= 2:
         return SUMS[dtype] / world + BUCKET * BYTES[dtype]
-    return (AT_ONCE if zero == 1 and dtype == "bf16" else SUMS[dtype]) + BELOW_TWO[dtype]
+    return AT_ONCE if at_once(dtype, zero) else SUMS[dtype] + BELOW_TWO[dtype]
+
+
+def at_once(dtype: str, zero: int) -> bool:
+    """Whether engines/gradients.py sums the gradients."""
+    return zero == 1 and dtype == "bf16"
+
+
+def launches(dtype: str, zero: int) -> tuple[int, int]:
+    """Launches for each tensor that trains, of a micro batch and of a step."""
+    if at_once(dtype, zero):
+        return SUM_LAUNCHES_AT_ONCE, STEP_LAUNCHES_AT_ONCE
+    return SUM_LAUNCHES, STEP_LAUNCHES
 
 
 def adapters(lora: Lora, dtype: str, backward: bool) -> float:

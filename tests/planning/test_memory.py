@@ -151,7 +151,9 @@ def test_what_stays_and_what_passes():
     """Gradients end with the step, but for the fp32 sums of bf16 at stage 1 and the shard that ZeRO 3 keeps."""
     given = {"dtype": "bf16", "offload": "off", "trains": True, "gpus": 4, "nodes": 1}
     one, two, three = (states(1_000_000, 0, zero=zero, **given) for zero in (1, 2, 3))
-    assert (one.passing, one.lasting) == (2_000_000, (2 + 4) * 1_000_000 + 12 * 250_000)
+    assert (one.passing, one.lasting) == (0, (2 + 4) * 1_000_000 + 12 * 250_000)
+    assert states(1_000_000, 300_000, zero=1, **given).passing == 600_000  # the gradients of its largest module
+    assert states(1_000_000, 300_000, zero=1, trained=1_000, **given).passing == 2_000
     assert states(1_000_000, 0, zero=1, **given | {"dtype": "fp16"}).passing == 6_000_000
     assert (two.passing, two.lasting) == (6 * 250_000, two.total - 6 * 250_000)
     assert (three.passing, three.lasting) == (0, three.total)

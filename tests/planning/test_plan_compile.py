@@ -155,7 +155,8 @@ def test_the_lowest_stage_that_fits(shop):
     """
     text = BIG.replace("PARALLEL", "zero = auto, gradient_checkpointing = on")
     count = 12_853_473_280
-    one, two, three = (2 + 6 + 12 / 8) * count, (2 + 18 / 8) * count, 18 / 8 * count + 4 * 50272 * 5120
+    table = 50272 * 5120
+    one, two, three = (2 + 4 + 12 / 8) * count + 2 * table, (2 + 18 / 8) * count, 18 / 8 * count + 4 * table
     for gib, expected, states in ((141, 1, one), (80, 2, two), (48, 3, three)):
         planned = stage(shop.plan(text, gpus(8, gib)), "stage.sft")
         assert planned["engines"]["policy"]["zero"] == expected, gib
@@ -182,8 +183,8 @@ LARGE = PIPELINE.replace("model.tiny", "model.o").replace(TINY, 'model o { from 
 
 
 def test_frozen_engines_rest_on_the_host_before_anything_that_trains_leaves(shop):
-    """PPO of four OPT-1.3B on one GPU: of 54 GB of states 5 are of reference and reward model."""
-    roomy, tight = (stage(shop.plan(LARGE, gpus(1, gib)), "stage.ppo") for gib in (80, 56))
+    """PPO of four OPT-1.3B on one GPU: of 53 GB of states 5 are of reference and reward model."""
+    roomy, tight = (stage(shop.plan(LARGE, gpus(1, gib)), "stage.ppo") for gib in (80, 54))
     assert {name: e["offload"] for name, e in roomy["engines"].items()} == dict.fromkeys(roomy["engines"], "off")
     offloads = {name: e["offload"] for name, e in tight["engines"].items()}
     assert offloads == {"actor": "off", "critic": "off", "ref": "idle", "reward": "idle"}
@@ -223,8 +224,7 @@ def test_shards_where_a_copy_has_no_room(shop):
 def test_weights_in_place_are_not_cut_unasked(shop):
     text = PIPELINE.replace("model.tiny", "model.o").replace(TINY, 'model o { from = "facebook/opt-1.3b" }\n')
     planned = stage(shop.plan(text, gpus(8)), "stage.ppo")
-    # 2: over so few tokens the sums of all gradients, which stage 1 has on every device, cost more than a tenth
-    assert planned["engines"]["actor"]["zero"] == 2 and planned["engines"]["actor"]["rollout"]["tensor"] == 1
+    assert planned["engines"]["actor"]["zero"] == 1 and planned["engines"]["actor"]["rollout"]["tensor"] == 1
     asked = stage(shop.plan(text.replace("rollout {", "rollout { tensor = 2,"), gpus(8)), "stage.ppo")
     chosen = asked["engines"]["actor"]["rollout"]
     assert (chosen["engine"], chosen["tensor"]) == ("graph", 2) and "in 2 shards" in chosen["reason"]
