@@ -216,7 +216,13 @@ def _make(plan: Json, locked: Json, path: Path) -> list[str]:
     finally:
         if made:
             lock.stamp(locked)
-            lock.write(path, locked)
+            try:
+                lock.write(path, locked)
+            except OSError as error:
+                fail(
+                    f"{path}: {error.strerror}; what was read of data and models is kept there: take a copy of the "
+                    "recipe in a folder that can be written, or look at it with `rlhf plan --no-lock`"
+                )
     return made
 
 

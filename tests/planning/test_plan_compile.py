@@ -13,7 +13,7 @@ import pytest
 from workshop import CPU, HEAD, PAIRS, PIPELINE, TINY, edge_facts, gpus, model_facts
 
 from rlhfdsl.cli.plan import to_json
-from rlhfdsl.language import load, render
+from rlhfdsl.language import UserError, load, render
 from rlhfdsl.planning import catalog, compile, hardware, lock
 from rlhfdsl.planning.batches import proves
 from rlhfdsl.planning.render import render as plan_text
@@ -423,3 +423,27 @@ def test_equal_inputs_give_equal_bytes(tmp_path):
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
         texts.add(done.stdout)
     assert texts == {to_json(golden_plan())}
+
+
+FIRST, LAST = ("stages", 0), ("stages", 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ((*FIRST, "batch", "batch"), 12, "policy`: 1 x micro 16 x accumulation 1 is not the batch of 12"),
+        ((*LAST, "engines", "critic", "micro"), 4, "critic`: 1 x micro 4 x accumulation 1 is not the batch of 16"),
+        ((*FIRST, "engines", "policy", "weights", "model"), "model.x", "policy.weights`: there is no `model.x` in"),
+        ((*LAST, "engines", "actor", "weights", "stage"), "stage.x", "there is no `policy` in a stage.x before it"),
+        ((*FIRST, "edges", "train", "source"), "data.x", "train`: there is no `data.x` in `data` or `blends`"),
+        (("blends", "blend.chat", "mix", "", "data.x"), 1.0, "`blends.blend.chat.mix`: there is no `data.x`"),
+    ],
+)
+def test_a_plan_that_was_edited_by_hand(shop, path, value, said):
+    plan = inner = shop.plan(PIPELINE)
+    validate_plan(plan)
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    with pytest.raises(UserError, match=re.escape(said)):
+        validate_plan(plan)
