@@ -51,8 +51,8 @@ def number(count: int | None) -> str:
     return LATER if count is None else f"{count:,}".replace(",", " ")
 
 
-def count(many: int, what: str) -> str:
-    """`1 update`, `3 batches`."""
+def count(many: int | None, what: str) -> str:
+    """`1 update`, `3 batches`, `(known after lock) updates`."""
     plural = what + ("es" if what.endswith("ch") else "s")
     return f"{number(many)} {what if many == 1 else plural}"
 

@@ -68,11 +68,11 @@ def _overview(plan: Json, actions: Mapping[str, tuple[str, str]]) -> list[str]:
     for stage in plan["stages"]:
         batch = stage["batch"]
         if "rollouts" in batch:
-            what = f"{figures.number(batch['rollouts'])} rollouts of {figures.number(batch['prompts'])} prompts"
-            what += f", {figures.number(batch['updates'])} updates"
+            what = f"{figures.count(batch['rollouts'], 'rollout')} of {figures.count(batch['prompts'], 'prompt')}"
+            what += f", {figures.count(batch['updates'], 'update')}"
         else:
-            item = "sequences" if stage["kind"] == "sft" else "pairs"
-            what = f"{figures.number(batch['updates'])} updates of {figures.number(batch['batch'])} {item}"
+            item = "sequence" if stage["kind"] == "sft" else "pair"
+            what = f"{figures.count(batch['updates'], 'update')} of {figures.count(batch['batch'], item)}"
         time = stage["time"]
         about = "" if time is None or time["seconds"] is None else f"~ {figures.duration(time['seconds'])}"
         do, why = actions.get(stage["address"], ("run", ""))
@@ -209,7 +209,8 @@ def _batch(stage: Json) -> list[str]:
             f"  batch     {figures.number(batch['prompts'])} prompts x {figures.count(batch['answers'], 'answer')} = "
             f"{world} x {batch['per_rank']};  {figures.count(batch['minibatches'], 'minibatch')} of "
             f"{batch['minibatch']} = {world} x micro {actor['micro']} x accum {train // actor['micro']}",
-            f"  length    {figures.number(batch['rollouts'])} rollouts x {batch['updates_per_rollout']} updates = "
+            f"  length    {figures.count(batch['rollouts'], 'rollout')} x "
+            f"{figures.count(batch['updates_per_rollout'], 'update')} = "
             f"{figures.number(batch['updates'])};  {_rows(batch, 'prompts')}",
         ]
         if batch["ptx"] is not None:
@@ -221,7 +222,7 @@ def _batch(stage: Json) -> list[str]:
     return [
         f"  batch     {figures.number(batch['batch'])} {item} = {world} x micro {batch['micro']} x accum "
         f"{batch['accumulation']}",
-        f"  length    {figures.number(batch['updates'])} updates;  {_rows(batch, item)}",
+        f"  length    {figures.count(batch['updates'], 'update')};  {_rows(batch, item)}",
     ]
 
 
