@@ -80,7 +80,7 @@ class TextReward:
         except UserError as error:
             error.at = error.at or self.at
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             message = f"{self.name} raised {type(error).__name__}: {error}"
             raise UserError("E0742", message, at=self.at, help=f"its first answer was {texts[0][:200]!r}") from error
@@ -153,7 +153,7 @@ def function_of(path: Path, name: str, pins: Mapping[str, Any] | None) -> Functi
     sys.modules[module.__name__] = module  # which a dataclass of the file asks for
     try:
         exec(compile(code, str(path), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         raise UserError("E0742", f"`{path.name}` raised {type(error).__name__} as it was loaded: {error}",
                         place=str(path)) from error  # fmt: skip

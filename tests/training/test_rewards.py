@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -69,6 +70,8 @@ def test_a_function_that_raises(capsys):
     with pytest.raises(UserError, match="E0742") as raised:
         TextReward("`score` of `rewards.py`", score, decode)(answers("first"))
     assert raised.value.message == "`score` of `rewards.py` raised ZeroDivisionError: division by zero"
+    with pytest.raises(UserError, match="`score` of `rewards.py` raised SystemExit: 3"):
+        TextReward("`score` of `rewards.py`", lambda prompts, texts: sys.exit(3), decode)(answers("first"))
     assert "in score" in capsys.readouterr().err  # the traceback, for the log
 
 
@@ -88,6 +91,9 @@ def test_a_file_is_run_only_as_it_was_planned(tmp_path):
     path.write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match="raised ModuleNotFoundError as it was loaded"):
         function_of(path, "score", None)
+    path.write_text("import argparse\nargparse.ArgumentParser().parse_args(['rows'])\n")  # a script, not a module
+    with pytest.raises(UserError, match="raised SystemExit as it was loaded: 2"):
+        function_of(path, "score", lock.pin(path))
 
 
 class Server(BaseHTTPRequestHandler):
