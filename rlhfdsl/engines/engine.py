@@ -18,9 +18,9 @@ from rlhfdsl.models.inputs import forward_inputs, takes
 from rlhfdsl.models.lora import adapters_off, adapters_on_half, lora_layers
 from rlhfdsl.models.scalar import at_last
 
-# Parameters x tokens of a pass that take as long as the launches of one of its layers: 2 ms (forward and backward) of
-# what a device computes, 6 FLOPs each. An H100 reached 4e14 FLOP/s, a core of a CPU 5e10.
-LAUNCHED = {"cuda": 2e-3 * 4e14 / 6, "cpu": 2e-3 * 5e10 / 6}
+# Parameters x tokens of a pass that take as long as the launches of one of its layers: 2.8 ms (forward and backward, as
+# planning/rates.py has it) of what a device computes, 6 FLOPs each. An H100 reached 4e14 FLOP/s, a core of a CPU 5e10.
+LAUNCHED = {"cuda": 2.8e-3 * 4e14 / 6, "cpu": 2.8e-3 * 5e10 / 6}
 
 
 class Engine:

@@ -21,7 +21,7 @@ from rlhfdsl.planning import catalog, traffic
 MATMUL, COPY, TRAIN = 0.79, 0.89, 0.72
 LINK, HOST = 0.75, 0.75
 LAYER_DECODE = 0.65e-3  # seconds: a layer's kernels launched one by one in `generate` (an H100: 16.8 ms for 24)
-LAYER_FORWARD = 0.25e-3  # seconds: the same in a forward of a whole sequence
+LAYER_FORWARD = 0.7e-3  # seconds: the same in a forward of a whole sequence that trains (OPT-125M on an H100's hosts)
 HOST_MEMORY = 100e9  # bytes/s of a node's memory, where an offloaded optimizer works
 KIND = "rlhfdsl hardware profile"
 

@@ -20,16 +20,16 @@ from rlhfdsl.planning.layout import Fit, Placement, Sampling
 from rlhfdsl.planning.rates import HOST_MEMORY, Rates
 
 # Seconds of a captured decode step, a layer's beyond its bytes: of up to FEW sequences, whose products are kernels of
-# `engines/rollout/dense.py`, and of more (H100: OPT-1.3B at 16, and at 64 to 256).
-FEW, GRAPH_LAYER_OF_FEW, GRAPH_LAYER = 32, 0.033e-3, 0.055e-3
-ADAPTER = 0.14  # of the launches of a layer, for each adapter in it (OPT and Llama under peft, counted in CPU time)
+# `engines/rollout/dense.py`, and of more (H100: OPT-1.3B at 16, and at 128).
+FEW, GRAPH_LAYER_OF_FEW, GRAPH_LAYER = 32, 0.026e-3, 0.042e-3
+BACKWARD = 3  # forward passes of launches that a backward pass takes (CPU time of small layers of Llama, OPT: 2.6, 3)
+ADAPTER = 0.25  # of the launches of a layer, for each adapter in it (H100: Llama-3.2-3B with 7 under peft)
 # Forward passes of launches that torch's checkpointing of a layer costs the host beside the one that it repeats, by its
-# hooks at every tensor (CPU time of small layers of OPT and Llama, with and without adapters: 3.9 to 5.5).
-CHECKPOINT = 4
+# hooks at every tensor (H100: OPT-1.3B).
+CHECKPOINT = 1.3
 REDUCE, HOP = 6.6e-6, 0.6e-6  # seconds: of a small sum over devices on NVLink (NCCL's tuning.cc: ring, LL)
-# Seconds of ZeRO 3's hooks for each parameter tensor in each pass, on the host of an H100: one update of OPT-1.3B (388
-# tensors, 4 micro batches, forward and backward) took 1.81 s there, of which 0.06 s are its step.
-HOOKS = 0.56e-3
+# Seconds of ZeRO 3's hooks for each parameter tensor in each pass, on the host of an H100: OPT-1.3B has 388 tensors.
+HOOKS = 0.42e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class _Clock:
         compute = products * tokens * self.flops(length, said) / (self.rates.matmul * self.rates.train)
         moved = tokens * self.moved(length, said, forwards, train) + micros * self.summed(train)
         device = compute + moved / self.rates.copy
-        return max(device, micros * self.host(products, forwards, train)) + micros * self.links(train)
+        return max(device, micros * self.host(forwards, train)) + micros * self.links(train)
 
     def moved(self, length: float, said: float, forwards: int, train: bool) -> float:
         """Bytes for each token of passes, beside matrix products."""
@@ -196,9 +196,9 @@ class _Clock:
         """Bytes of adding a micro batch's gradients to their sums."""
         return traffic.sums(self.placed.need.dtype, self.placed.zero, self.target.world) * self.learns * train
 
-    def host(self, products: int, forwards: int, train: bool) -> float:
+    def host(self, forwards: int, train: bool) -> float:
         """Seconds in which the host launches a micro batch."""
-        out = products * self.layers * self.rates.forward
+        out = (forwards + BACKWARD * train) * self.layers * self.rates.forward
         out += (forwards - 1) * CHECKPOINT * self.shape.layers * self.rates.forward
         if self.placed.zero == 3:
             out += (forwards + train) * traffic.tensors(self.shape, not self.causal) * HOOKS
