@@ -11,7 +11,7 @@ left out; an answer is taken to have its full length.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhfdsl.planning import memory, nvme, shards, traffic
 from rlhfdsl.planning.catalog import Shape
@@ -76,9 +76,9 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
             need = engine.placed.need
             rows = need.per_rank * need.sequences
             if need.trains:
-                times["train"] = engine.update(rows, work.length, 1)
+                times["train"] = _together(engine.update(rows, work.length, 1))
             else:
-                times["score"] = engine.passes(rows, work.length, train=False)
+                times["score"] = _together(engine.passes(rows, work.length, train=False))
         return times
     if fit.sampling is None:
         return None
@@ -86,13 +86,13 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
     said = work.answer / whole
     actor = engines["actor"]
     learning = [engine for engine in engines.values() if engine.placed.need.trains]
-    train = sum(e.update(work.sequences * work.passes, whole, work.updates, said) for e in learning)
+    train = [e.update(work.sequences * work.passes, whole, work.updates, said) for e in learning]
     if work.ptx:
-        train += actor.passes(work.ptx * work.updates, work.length, train=True)
+        train.append(actor.passes(work.ptx * work.updates, work.length, train=True))
     return {
         "generate": actor.generate(work.sequences, fit.sampling, work.prompt, work.answer),
-        "score": sum(engine.score(work.sequences, whole, said) for engine in engines.values()),
-        "train": train,
+        "score": _together(*(engine.score(work.sequences, whole, said) for engine in engines.values())),
+        "train": _together(*train),
     }
 
 
@@ -100,6 +100,21 @@ def whole(work: Work, target: Target, placed: Fit) -> float | None:
     """Seconds of one update or rollout in all."""
     each = seconds(placed, work, target)
     return None if each is None else sum(each.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """Seconds of an engine's passes: of the device, of its host, which runs ahead of it, and of what waits for both."""
+
+    device: float
+    host: float
+    after: float
+
+
+def _together(*parts: _Passes) -> float:
+    """Seconds of passes of several engines in turn: while a host launches one's, the device computes another's."""
+    device, host = sum(part.device for part in parts), sum(part.host for part in parts)
+    return max(device, host) + sum(part.after for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +173,17 @@ class _Clock:
         held = shards.held(self.shape, self.count, tensor)
         return 2.0 * (held - lookup - left) + 4.0 * self.shape.layers * self.shape.q_width / tensor * length
 
-    def score(self, sequences: float, length: float, said: float) -> float:
-        """Seconds of reading `sequences`: of a joint pass of actor and reference all are the actor's."""
+    def score(self, sequences: float, length: float, said: float) -> _Passes:
+        """Reading `sequences`: of a joint pass of actor and reference all is the actor's."""
         if not self.placed.joint:
-            return self.passes(sequences, length, said, train=False) + self.woken
-        return 0.0 if self.placed.need.shares else self.passes(sequences, length, said, train=False, copies=2)
+            read = self.passes(sequences, length, said, train=False)
+            return replace(read, after=read.after + self.woken)
+        if self.placed.need.shares:
+            return _Passes(0.0, 0.0, 0.0)
+        return self.passes(sequences, length, said, train=False, copies=2)
 
-    def passes(self, sequences: float, length: float, said: float = 1.0, *, train: bool, copies: int = 1) -> float:
-        """Seconds of forward (and backward) passes over `sequences`, in micro batches.
+    def passes(self, sequences: float, length: float, said: float = 1.0, *, train: bool, copies: int = 1) -> _Passes:
+        """Forward (and backward) passes over `sequences`, in micro batches.
 
         said: the share of tokens whose logits are needed, those of answers where a policy reads its own. copies: times
         that each row is in its micro batch.
@@ -176,8 +194,9 @@ class _Clock:
         products = forwards + (1 if need.lora else 2) * train  # frozen weights need no gradient, their inputs do
         compute = products * tokens * self.flops(length, said) / (self.rates.matmul * self.rates.train)
         moved = tokens * self.moved(length, said, forwards, train) + micros * self.summed(train)
-        device = compute + moved / self.rates.copy
-        return max(device, micros * self.host(forwards, train)) + micros * self.links(train)
+        return _Passes(
+            compute + moved / self.rates.copy, micros * self.host(forwards, train), micros * self.links(train)
+        )
 
     def moved(self, length: float, said: float, forwards: int, train: bool) -> float:
         """Bytes for each token of passes, beside matrix products."""
@@ -231,8 +250,8 @@ class _Clock:
         bandwidth = self.rates.link if self.target.nodes == 1 else self.rates.network
         return size * (world - 1) / world / bandwidth
 
-    def update(self, sequences: float, length: float, updates: int, said: float = 1.0) -> float:
-        """Seconds of `updates` optimizer updates over `sequences`."""
+    def update(self, sequences: float, length: float, updates: int, said: float = 1.0) -> _Passes:
+        """`updates` optimizer updates over `sequences`."""
         zero, world = self.placed.zero, self.target.world
         size, dtype = self.width * self.learns, self.placed.need.dtype
         step = traffic.STEP[dtype] * self.learns / (world if zero else 1) / self.rates.copy
@@ -250,7 +269,8 @@ class _Clock:
             step += self.across(2 * size)  # gradients to their owners, weights back
         elif zero == 2:
             step += self.across(size)
-        return self.passes(sequences, length, said, train=True) + updates * step
+        passes = self.passes(sequences, length, said, train=True)
+        return replace(passes, after=passes.after + updates * step)
 
     def generate(self, sequences: int, sampling: Sampling, prompt: float, answer: int) -> float:
         """Seconds of sampling, by `generate` or by a captured step over a static cache.

@@ -10,6 +10,7 @@ from rlhfdsl.planning.hardware import MIB, Target
 from rlhfdsl.planning.layout import Need, Rollout
 from rlhfdsl.planning.rates import TRAIN, of_catalog, of_profile
 from rlhfdsl.planning.timing import OnPolicy, Supervised, seconds
+from rlhfdsl.planning.traffic import trained_tensors
 
 H100 = Target("cuda", "h100-80g", 81559 * MIB, 1, 1, "--gpu")
 
@@ -105,6 +106,20 @@ def test_a_host_launches_layers_and_tensors(monkeypatch):
     assert one_gpu(3) == pytest.approx(4 * (micro + 2 * 388 * timing.HOOKS) + 4 * 388 * 1e-4, rel=1e-4)
     recomputed = 4 * (micro + (1 + 1.3) * 24 * 3e-3 + 3 * 388 * timing.HOOKS) + 4 * 388 * 1e-4
     assert one_gpu(3, checkpointing=True) == pytest.approx(recomputed, rel=1e-4)
+
+
+def test_launches_of_one_engine_are_hidden_behind_the_work_of_another(monkeypatch):
+    """PPO of 128: the host would decide the critic's passes, which take few FLOPs and as many layers as the actor's."""
+
+    def train(**rates):
+        rates_of(monkeypatch, **{"matmul": 5.6e14, "copy": 3e12, "forward": 0.7e-3} | rates)
+        return iteration(128)["train"]
+
+    device, host, both = train(forward=1e-12), train(matmul=1e18, copy=1e18), train()
+    tensors = sum(trained_tensors(shape(lookup(f"facebook/opt-{size}")), scalar, None)
+                  for size, scalar in (("1.3b", False), ("350m", True)))  # fmt: skip
+    assert 0.7 * device < host < device
+    assert both == pytest.approx(device + tensors * 0.7e-3 / 30, rel=1e-6)  # a step is launched when it is due
 
 
 def test_a_policy_that_reads_its_answers_makes_their_logits_only():
