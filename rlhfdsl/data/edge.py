@@ -126,15 +126,12 @@ class Rows(Sequence[Any]):
         example = store.example(row)
         return Prompt(example.ids, store.texts[row], store.keys[row]) if self.read == "prompt" else example
 
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """EDGEFACTS of the lock. The first call reads the local files once more, for their hashes."""
-        from rlhfdsl.data.facts import describe  # it imports this module
-
-        files = {}
+    def files(self) -> dict[str, Mapping[str, Any]]:
+        """Size and hash of each local file behind the rows. Each call reads the files once more."""
+        found: dict[str, Mapping[str, Any]] = {}
         for entry in self._entries:
-            files |= sources.files(entry, self._base)
-        return describe(self, files)
+            found |= sources.files(entry, self._base)
+        return found
 
     @cached_property
     def content(self) -> str:

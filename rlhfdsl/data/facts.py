@@ -26,12 +26,12 @@ def edge_facts(plan: Mapping[str, Any], edge: Mapping[str, Any], base: Path) -> 
         source = plan["data"][address]["from"]
         if "hub" in source and source["hub"] not in hub:
             hub[source["hub"]] = pin_data(address, source)
-    facts = load_edge(plan, {**edge, "facts": {"hub": hub}}, base, tokenizer).facts
+    facts = facts_of(load_edge(plan, {**edge, "facts": {"hub": hub}}, base, tokenizer))
     return {**facts, "hub": hub} if hub else facts
 
 
-def describe(rows: Rows, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """EDGEFACTS of loaded rows.
+def facts_of(rows: Rows) -> dict[str, Any]:
+    """EDGEFACTS of loaded rows, whose local files are read once more for their hashes.
 
     rows: rows of the part, before anything is dropped. used: rows of one epoch, after dropping and blending,
     repeats counted. tokens, truncated, lengths: over what is used; the two sequences of a pair count as two
@@ -57,7 +57,7 @@ def describe(rows: Rows, files: Mapping[str, Mapping[str, Any]]) -> dict[str, An
         },
         "sample": _sample(rows),
         "content": rows.content,
-        "files": {name: dict(pins) for name, pins in sorted(files.items())},
+        "files": {name: dict(pins) for name, pins in sorted(rows.files().items())},
     }
 
 

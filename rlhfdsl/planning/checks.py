@@ -8,7 +8,7 @@ nearest value that works. CODES lists every code of this part.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.recipe import Recipe
@@ -17,13 +17,9 @@ from rlhfdsl.planning.batches import Misfit, nearest_divisor, remainder
 from rlhfdsl.planning.entries import Model
 from rlhfdsl.planning.families import FAMILIES
 from rlhfdsl.planning.hardware import Target, catalog
-from rlhfdsl.planning.layout import Fit, Rollout
+from rlhfdsl.planning.layout import Fit, Need, Part, Rollout
 from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work
-
-if TYPE_CHECKING:
-    from rlhfdsl.planning.layout import Need
-    from rlhfdsl.planning.placing import Part
 
 CODES = {
     "E0701": "a batch does not split evenly over the GPUs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhfdsl.language.recipe import Block, Reference
 from rlhfdsl.planning import capabilities, shards
@@ -12,10 +12,8 @@ from rlhfdsl.planning.batches import remainder
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.entries import Model
 from rlhfdsl.planning.hardware import Target
+from rlhfdsl.planning.layout import Part
 from rlhfdsl.planning.problems import Problems
-
-if TYPE_CHECKING:
-    from rlhfdsl.planning.placing import Part
 
 TAIL_SHARE = 0.25
 CUT_SHARE = 0.25

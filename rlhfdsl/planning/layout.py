@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhfdsl.language.recipe import Block, Reference
 from rlhfdsl.planning import memory
 from rlhfdsl.planning.adapters import Lora
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.deepspeed_config import LIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One engine of a stage before it is placed. `group` is the block with its settings; `at` its address."""
+
+    name: str
+    role: str
+    at: str
+    group: Block | None
+    reference: Reference
+    head: str
+    trains: bool
+    per_rank: int
+    sequences: int
+    length: int
+    shares: str | None = None  # the engine whose frozen base it is
 
 
 @dataclass(frozen=True, slots=True)

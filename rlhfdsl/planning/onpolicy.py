@@ -11,8 +11,8 @@ from rlhfdsl.language.recipe import Block
 from rlhfdsl.planning import capabilities, checks, course, scorers, timing
 from rlhfdsl.planning.batches import largest_divisor, run_length
 from rlhfdsl.planning.entries import Wanted
-from rlhfdsl.planning.layout import Rollout
-from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, sampler, time_of, why
+from rlhfdsl.planning.layout import Part, Rollout
+from rlhfdsl.planning.placing import Scope, engine, memory_of, place, sampler, time_of, why
 from rlhfdsl.planning.stages import Json, checkpoints, mean, seed_of, split, used, why_updates
 from rlhfdsl.planning.written import writes_of
 

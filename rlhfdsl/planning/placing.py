@@ -28,7 +28,7 @@ from rlhfdsl.planning.catalog import largest_layer
 from rlhfdsl.planning.entries import Model, Wanted
 from rlhfdsl.planning.fit import fit, token_limit
 from rlhfdsl.planning.hardware import Target
-from rlhfdsl.planning.layout import Fit, Need, Placement, Rollout
+from rlhfdsl.planning.layout import Fit, Need, Part, Placement, Rollout
 from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work
 
@@ -57,23 +57,6 @@ class Scope:
 
     def edge(self, want: Wanted, model: Model) -> Json:
         return entries.edge(want, model, self.recipe, self.lock)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One engine of a stage before it is placed. `group` is the block with its settings; `at` its address."""
-
-    name: str
-    role: str
-    at: str
-    group: Block | None
-    reference: Reference
-    head: str
-    trains: bool
-    per_rank: int
-    sequences: int
-    length: int
-    shares: str | None = None  # the engine whose frozen base it is
 
 
 def base_of(recipe: Recipe, reference: Reference) -> str:

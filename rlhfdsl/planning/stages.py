@@ -14,7 +14,8 @@ from rlhfdsl.language.recipe import Block
 from rlhfdsl.planning import checks, course, timing
 from rlhfdsl.planning.batches import Misfit, run_length, share
 from rlhfdsl.planning.entries import Wanted
-from rlhfdsl.planning.placing import Part, Scope, engine, memory_of, place, time_of, why
+from rlhfdsl.planning.layout import Part
+from rlhfdsl.planning.placing import Scope, engine, memory_of, place, time_of, why
 from rlhfdsl.planning.written import writes_of
 
 Json = dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhfdsl.data.edge import Example
+from rlhfdsl.data.facts import facts_of
 from rlhfdsl.language.diagnostics import UserError
 
 BOS, EOS = 257, 258
@@ -65,7 +66,7 @@ def test_loss_all_learns_everything_but_the_first_token(folder, say):
 def test_text_is_learned_whole_and_closed(folder):
     rows = folder.rows([{"text": "abc"}, {"text": " \n"}], "text", "text")
     assert list(rows) == [example("a", ["bc", EOS])]
-    assert rows.facts["dropped"]["empty"] == 1
+    assert facts_of(rows)["dropped"]["empty"] == 1
     assert list(folder.load("data.own", "text", length=2)) == [example("a", ["b"])]
     assert list(folder.load("data.own", "chat", loss="all")) == [example("a", ["bc", EOS])]
     with pytest.raises(UserError, match="E0630.*not read as chat") as caught:
@@ -85,9 +86,9 @@ def test_an_answer_is_cut_to_the_length(folder):
     rows = folder.rows([pair], "preference", "preference", length=25)
     assert rows[0].chosen == example(BOS, "\n\nHuman: q\n\nAssistant:", [" b"])
     assert rows[0].rejected == example(BOS, "\n\nHuman: q\n\nAssistant:", [" x"])
-    assert (rows.facts["truncated"], rows.facts["lengths"]["max"]) == (1, 25)
-    assert folder.load("data.own", "chat", length=27).facts["truncated"] == 1
-    assert folder.load("data.own", "chat", length=28).facts["truncated"] == 0
+    assert (facts_of(rows)["truncated"], facts_of(rows)["lengths"]["max"]) == (1, 25)
+    assert facts_of(folder.load("data.own", "chat", length=27))["truncated"] == 1
+    assert facts_of(folder.load("data.own", "chat", length=28))["truncated"] == 0
     with pytest.raises(UserError, match=r"E0632.*1 no answer") as caught:
         folder.load("data.own", "chat", length=23)
     assert caught.value.help == "raise `length` from 23 tokens"
@@ -106,10 +107,10 @@ def test_a_long_prompt_is_dropped_or_keeps_its_end(folder):
     rows = [{"prompt": "q"}, {"prompt": "qq"}]
     kept = folder.rows(rows, "prompt", "prompt", length=23)
     assert [row.ids for row in kept] == [ids_of(BOS, "\n\nHuman: q\n\nAssistant:")]
-    assert kept.facts["dropped"] == {"empty": 0, "too_long": 1, "tie": 0, "no_answer": 0}
+    assert facts_of(kept)["dropped"] == {"empty": 0, "too_long": 1, "tie": 0, "no_answer": 0}
     both = folder.load("data.own", "prompt", length=23, overlong="cut")
     assert both[1].ids == ids_of("\n\nHuman: qq\n\nAssistant:")[-23:]
-    assert (both.facts["truncated"], both.facts["dropped"]["too_long"]) == (1, 0)
+    assert (facts_of(both)["truncated"], facts_of(both)["dropped"]["too_long"]) == (1, 0)
     with pytest.raises(UserError, match=r"E0632.*2 too long") as caught:
         folder.load("data.own", "prompt", length=22)
     assert caught.value.help == "raise `rollout.prompt` from 22 tokens, or cut them: `overlong = cut`"
@@ -124,14 +125,14 @@ def test_rows_that_say_nothing_are_dropped_and_counted(folder, say):
         {"prompt": "q", "chosen": "a", "rejected": "b"},
     ]
     rows = folder.rows(pairs, "preference", "preference")
-    assert rows.facts["dropped"] == {"empty": 3, "too_long": 0, "tie": 1, "no_answer": 0}
-    assert (rows.facts["rows"], rows.facts["used"]) == (5, 1)
+    assert facts_of(rows)["dropped"] == {"empty": 3, "too_long": 0, "tie": 1, "no_answer": 0}
+    assert (facts_of(rows)["rows"], facts_of(rows)["used"]) == (5, 1)
     # Read as chat, the rejected answer does not matter; read as prompts, no answer does.
     assert len(folder.load("data.own", "chat")) == 3
     assert len(folder.load("data.own", "prompt")) == 4
     talks = [[say.user("q")], [say.system("s"), say.bot("a")], [say.user("q"), say.bot("a")]]
     rows = folder.rows([{"messages": talk} for talk in talks], "chat", "chat")
-    assert rows.facts["dropped"] == {"empty": 1, "too_long": 0, "tie": 0, "no_answer": 1}
+    assert facts_of(rows)["dropped"] == {"empty": 1, "too_long": 0, "tie": 0, "no_answer": 1}
 
 
 def test_pad_that_is_eos_hides_nothing(folder, say):

@@ -73,7 +73,7 @@ def test_attention_takes_each_shape_as_it_comes():
 
 def attended(query, keys, values, lengths, *options):
     """The kernel's attention, which puts the last live column itself; it is checked to be there afterwards."""
-    from rlhfdsl.engines.rollout import kernels
+    from rlhfdsl.engines.rollout import attending
 
     rows = torch.arange(len(query), device="cuda")
     last = (lengths - 1).clamp(min=0)
@@ -81,7 +81,7 @@ def attended(query, keys, values, lengths, *options):
     expected = [x.clone() for x in (keys, values)]
     for x in (keys, values):
         x[rows[lengths > 0], :, last[lengths > 0]] = torch.nan
-    out = kernels.attend(query, *newest, keys, values, lengths, *options)
+    out = attending.attend(query, *newest, keys, values, lengths, *options)
     for x, before in zip((keys, values), expected, strict=True):
         torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
     return out
@@ -161,12 +161,12 @@ def test_attention_reads_nothing_beyond_a_length():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [259, 4096, 50272])
 def test_draws_are_those_of_the_torch_sampler(dtype, vocabulary):
-    from rlhfdsl.engines.rollout import kernels
+    from rlhfdsl.engines.rollout import drawing
 
     logits = (3 * torch.randn(64, vocabulary, device="cuda")).to(dtype)
     seeds = row_seeds(3, 1, torch.arange(64)).cuda()
     step = torch.arange(64, device="cuda") % 7
-    chosen, log_probs = kernels.draw(logits, 0.7, seeds, step)
+    chosen, log_probs = drawing.draw(logits, 0.7, seeds, step)
     scaled = logits.float() / 0.7
     noisy = scaled + gumbel(seeds, step, vocabulary)
     # the logarithms may round differently: the chosen token is a maximum to 1e-4
@@ -178,7 +178,7 @@ def test_draws_are_those_of_the_torch_sampler(dtype, vocabulary):
 
 @pytest.mark.parametrize("stops", [(-1,), (3, 5, 8), tuple(range(0, 400, 2))])
 def test_slots_advance_as_in_torch(stops):
-    from rlhfdsl.engines.rollout import kernels
+    from rlhfdsl.engines.rollout import drawing
 
     rows, longest, stops = 64, 6, torch.tensor(stops, device="cuda")
     g = torch.Generator("cuda").manual_seed(0)
@@ -189,20 +189,20 @@ def test_slots_advance_as_in_torch(stops):
     other = Slots(**{field.name: getattr(slots, field.name).clone() for field in fields(slots)})
     for _ in range(longest + 1):
         logits = torch.randn(rows, 400, generator=g, device="cuda")
-        other.advance(*kernels.draw(logits, 0.7, other.seed, other.step), stops, longest)
-        kernels.advance(logits, 0.7, slots, stops, longest)
+        other.advance(*drawing.draw(logits, 0.7, other.seed, other.step), stops, longest)
+        drawing.advance(logits, 0.7, slots, stops, longest)
         for field in fields(slots):
             assert torch.equal(getattr(slots, field.name), getattr(other, field.name)), field.name
     assert slots.idle.all() and (slots.step[slots.step > 0] <= longest).all()
 
 
 def test_draws_follow_the_softmax():
-    from rlhfdsl.engines.rollout import kernels
+    from rlhfdsl.engines.rollout import drawing
 
     count = 1 << 19
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 3.0, 0.5], device="cuda").expand(count, 6).contiguous()
     seeds = row_seeds(11, 0, torch.arange(count)).cuda()
-    chosen, _ = kernels.draw(logits, 1.3, seeds, torch.zeros(count, dtype=torch.int64, device="cuda"))
+    chosen, _ = drawing.draw(logits, 1.3, seeds, torch.zeros(count, dtype=torch.int64, device="cuda"))
     expected = (logits[0] / 1.3).softmax(0).double() * count
     found = torch.bincount(chosen, minlength=6).double()
     # chi-squared with 5 degrees of freedom: above 25.7 once in 10 000 for a right sampler

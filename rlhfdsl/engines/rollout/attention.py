@@ -40,10 +40,10 @@ def attend(
     if attention_mask is None:
         out = _causal(query, key, value, scale, sliding_window, softcap, bias)
     elif query.is_cuda:
-        from rlhfdsl.engines.rollout import kernels
+        from rlhfdsl.engines.rollout import attending
 
         lengths = attention_mask.view(-1)
-        out = kernels.attend(query, *key.newest, key, value, lengths, scale, sliding_window, softcap, bias)
+        out = attending.attend(query, *key.newest, key, value, lengths, scale, sliding_window, softcap, bias)
     else:
         out = decode(query, key, value, attention_mask.view(-1), scale, sliding_window, softcap, bias)
     return out.transpose(1, 2), None

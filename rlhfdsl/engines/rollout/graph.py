@@ -182,9 +182,9 @@ class GraphSampler(Sampler):
         self.cache.decode(slots.write, slots.length)
         logits = self._forward(slots.token.unsqueeze(1), slots.write.unsqueeze(1))[:, -1]
         if logits.is_cuda and self.group is None:
-            from rlhfdsl.engines.rollout import kernels
+            from rlhfdsl.engines.rollout import drawing
 
-            kernels.advance(logits, law.temperature, slots, self._stops, law.longest)
+            drawing.advance(logits, law.temperature, slots, self._stops, law.longest)
             return
         chosen, log_probs = draw(logits, law.temperature, slots.seed, slots.step)
         if self.group is not None:

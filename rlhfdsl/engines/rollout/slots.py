@@ -78,9 +78,9 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B] drawn from logits [B, V] by the noise of (seed, step), and their log-probabilities [B]."""
     if logits.is_cuda:
-        from rlhfdsl.engines.rollout import kernels
+        from rlhfdsl.engines.rollout import drawing
 
-        return kernels.draw(logits, temperature, seeds, step)
+        return drawing.draw(logits, temperature, seeds, step)
     logits = logits.float() / temperature
     chosen = (logits + gumbel(seeds, step, logits.shape[1])).argmax(-1, keepdim=True)
     return chosen.squeeze(1), (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1)
