@@ -24,7 +24,8 @@ from rlhfdsl.engines.rollout.families import gets_no_mask, own_attention
 from rlhfdsl.engines.rollout.fusing import fused
 from rlhfdsl.engines.rollout.group import TensorGroup
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling, right_padded
-from rlhfdsl.engines.rollout.slots import Law, Slots, draw
+from rlhfdsl.engines.rollout.sampling import draw
+from rlhfdsl.engines.rollout.slots import Law, Slots
 from rlhfdsl.engines.rollout.weights import CopiedWeights
 from rlhfdsl.language.diagnostics import first_line
 from rlhfdsl.models.inputs import length_mask, takes

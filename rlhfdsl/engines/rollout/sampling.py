@@ -44,3 +44,16 @@ def gumbel(seeds: torch.Tensor, step: int | torch.Tensor, vocabulary: int) -> to
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical right shift: torch's is arithmetic on signed integers."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def draw(
+    logits: torch.Tensor, temperature: float, seeds: torch.Tensor, step: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B] drawn from logits [B, V] by the noise of (seed, step), and their log-probabilities [B]."""
+    if logits.is_cuda:
+        from rlhfdsl.engines.rollout import drawing
+
+        return drawing.draw(logits, temperature, seeds, step)
+    logits = logits.float() / temperature
+    chosen = (logits + gumbel(seeds, step, logits.shape[1])).argmax(-1, keepdim=True)
+    return chosen.squeeze(1), (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1)

@@ -1,12 +1,10 @@
-"""The slots of the graph rollout: what a decode step reads and writes, what it holds constant, and how it draws."""
+"""The slots of the graph rollout: what a decode step reads and writes, and what it holds constant."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
 import torch
-
-from rlhfdsl.engines.rollout.sampling import gumbel
 
 
 @dataclass
@@ -71,16 +69,3 @@ class Law:
     longest: int
     stop_ids: tuple[int, ...]
     pad_id: int
-
-
-def draw(
-    logits: torch.Tensor, temperature: float, seeds: torch.Tensor, step: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] drawn from logits [B, V] by the noise of (seed, step), and their log-probabilities [B]."""
-    if logits.is_cuda:
-        from rlhfdsl.engines.rollout import drawing
-
-        return drawing.draw(logits, temperature, seeds, step)
-    logits = logits.float() / temperature
-    chosen = (logits + gumbel(seeds, step, logits.shape[1])).argmax(-1, keepdim=True)
-    return chosen.squeeze(1), (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1)
