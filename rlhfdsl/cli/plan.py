@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     args.gpus = args.gpus[0] if args.gpus is not None else None
     if args.largest is not None:
         return several.over_models(args)
-    planned = make_plan(args, use_lock=not args.no_lock, fit=args.fit)
+    planned = make_plan(args, use_lock=not args.no_lock, or_without=args.output is None, fit=args.fit)
     if planned.plan is None and args.format == "json":
         print(json.dumps(as_json(planned.diagnostics, planned.compilation.sources), indent=1))
         return ERROR

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock, score
 
 Json = dict[str, Any]
 TARGET = ("gpu", "gpus", "nodes", "host_memory", "price")  # options
+
+
+OF_THE_HUB = frozenset({"E0815", "E0855"})  # what data and models on the hub end in that cannot be had
 
 
 @dataclass(slots=True)
@@ -113,12 +116,14 @@ def make_plan(
     *,
     use_lock: bool = True,
     make_facts: bool = True,
+    or_without: bool = False,
     fit: bool = False,
     upgrade: bool = False,
 ) -> Planned:
     """Compile `args.file` for its target.
 
     use_lock: read rlhf.lock beside the recipe. make_facts: make what it lacks or what is stale, and write it.
+    or_without: where the hub cannot be had, plan without what is there, with a warning.
     upgrade: make every fact of this recipe anew, so that hub revisions move to what they are now.
     fit: lay the engines out the fastest way that fits, whatever is written.
     """
@@ -165,7 +170,14 @@ def make_plan(
     try:
         out.made = _make(plan, locked, path)
     except UserError as error:
-        out.plan, out.diagnostics = None, (*out.diagnostics, error.diagnostic(recipe))
+        told = error.diagnostic(recipe)
+        if not or_without or error.code not in OF_THE_HUB:
+            out.plan, out.diagnostics = None, (*out.diagnostics, told)
+            return out
+        plan, found = compile(recipe, locked, target, known=known, fit=fit)
+        note = "this is planned without it; a run needs it"
+        told = replace(told, code="W0708", severity="warning", notes=(*told.notes, note))
+        out.plan, out.diagnostics = plan, (*compilation.diagnostics, *found, told)
         return out
     out.missing = []
     locked = out.locked = lock.read(path)  # in the order of the file, so that equal plans have equal bytes

@@ -73,6 +73,6 @@ def hub_model(source: str, at: str | None, error: Exception) -> UserError:
         f"`{source}` cannot be read from the Hugging Face hub",
         at=at,
         place=source,
-        help=f"{first_line(error)} Run once with a network (HF_HUB_OFFLINE unset, `hf auth login` for a "
+        help=f"{first_line(error).rstrip('.')}. Run once with a network (HF_HUB_OFFLINE unset, `hf auth login` for a "
         'gated model), or download it and name the directory: from = "./…"',
     )

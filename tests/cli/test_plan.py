@@ -77,6 +77,32 @@ def test_lock_check_and_stale_files(capsys, recipe):
     assert sum(facts["used"] for facts in locked["edges"].values()) == 41
 
 
+HUB = """recipe "hub" { output = "runs/hub" }
+model base { from = "facebook/opt-1.3b" }
+data pairs { from = "./pairs.jsonl", format = preference }
+stage sft { model = model.base, data = data.pairs, batch = 8, length = 64, lr = 1e-5 }
+"""
+
+
+def test_a_hub_that_cannot_be_had_leaves_a_plan(capsys, recipe, monkeypatch):
+    """The catalog's numbers and no rows; what is saved to be run, and a run, need all."""
+    from rlhfdsl.language import UserError
+    from rlhfdsl.models import facts
+
+    def unreachable(entry, base, address):
+        raise UserError("E0855", "`facebook/opt-1.3b` cannot be read from the hub", at=address, help="a network")
+
+    monkeypatch.setattr(facts, "model_facts", unreachable)
+    path = recipe.with_name("hub.rlhf")
+    path.write_text(HUB, encoding="utf-8")
+    code, out, err = rlhf(capsys, "plan", path, "--gpu", "h100-80g")
+    assert code == 0 and "1.32 B" in out and "(known after lock)" in out
+    assert "warning[W0708]: `facebook/opt-1.3b` cannot be read from the hub" in err and "a run needs it" in err
+    for command in (["plan", path, "-o", path.with_suffix(".json")], ["lock", path], ["run", path]):
+        code, _, err = rlhf(capsys, *command)
+        assert code == 1 and "error[E0855]" in err and "W0708" not in err
+
+
 def test_stale_facts_make_no_errors(capsys, recipe):
     """Too few rows, then more of them: the old count must not be what the next plan judges by."""
     pairs = recipe.parent / "pairs.jsonl"
