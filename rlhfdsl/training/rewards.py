@@ -15,7 +15,7 @@ import traceback
 import types
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,6 +77,7 @@ class TextReward:
             texts.append(self.decode(ids[start:end]))
         try:
             given = self.function(list(prompts), list(texts))
+            given = list(given) if isinstance(given, Iterator) else given  # a generator runs here
         except UserError as error:
             error.at = error.at or self.at
             raise
@@ -90,14 +91,16 @@ class TextReward:
         if isinstance(given, Tensor):
             given = given.tolist()
         try:
-            scores = list(given)
+            scores = None if isinstance(given, str | bytes | Mapping | Set) else list(given)
         except TypeError:
-            raise self._wrong(f"gave {type(given).__name__}, not a list of numbers") from None
+            scores = None
+        if scores is None:
+            raise self._wrong(f"gave {type(given).__name__}, not a list of numbers")
         if len(scores) != len(texts):
             raise self._wrong(f"gave {len(scores)} scores for {len(texts)} answers")
         for number, (score, text) in enumerate(zip(scores, texts, strict=True)):
             try:
-                value = float(score)
+                value = math.nan if isinstance(score, str | bytes) else float(score)
             except (TypeError, ValueError):
                 value = math.nan
             if not math.isfinite(value):

@@ -54,6 +54,9 @@ def test_a_function_reads_texts_and_a_sum_weighs_its_terms():
         ([1.0, math.nan], "gave nan for answer 1, 'second'"),
         ([1.0, None], "gave None for answer 1, 'second'"),
         (["x", 1.0], "gave 'x' for answer 0, 'first'"),
+        ([1.0, "1"], "gave '1' for answer 1, 'second'"),
+        ({0: 0.5, 1: 1.0}, "gave dict, not a list of numbers"),
+        ({0.5, 1.0}, "gave set, not a list of numbers"),
     ],
 )
 def test_a_function_that_gives_something_else(given, message):
@@ -70,6 +73,8 @@ def test_a_function_that_raises(capsys):
     with pytest.raises(UserError, match="E0742") as raised:
         TextReward("`score` of `rewards.py`", score, decode)(answers("first"))
     assert raised.value.message == "`score` of `rewards.py` raised ZeroDivisionError: division by zero"
+    with pytest.raises(UserError, match="`lazy` raised ZeroDivisionError"):
+        TextReward("`lazy`", lambda prompts, texts: (1 / 0 for _ in texts), decode)(answers("first"))
     with pytest.raises(UserError, match="`score` of `rewards.py` raised SystemExit: 3"):
         TextReward("`score` of `rewards.py`", lambda prompts, texts: sys.exit(3), decode)(answers("first"))
     assert "in score" in capsys.readouterr().err  # the traceback, for the log
@@ -139,7 +144,7 @@ def test_an_endpoint_gives_scores(served):
         ("/html", "E0743", "gave b'<html>', not"),
         ("/else", "E0743", "gave b'[1]', not"),
         ("/short", "E0743", "gave 1 scores for 2 answers"),
-        ("/text", "E0743", "gave 1 scores for 2 answers"),
+        ("/text", "E0743", "gave str, not a list of numbers"),
     ],
 )
 def test_an_endpoint_that_fails_is_named(served, path, code, message):
