@@ -29,9 +29,11 @@ from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import Engine
 from rlhfdsl.language import UserError, render
+from rlhfdsl.planning.places import make_output
 from rlhfdsl.training import grpo, loop, ppo, rloo
 from rlhfdsl.training.context import Context
 from rlhfdsl.training.evaluation import answer, summary
+from rlhfdsl.training.handed import check_engine, check_reward, refuse
 from rlhfdsl.training.onpolicy import Engines, OnPolicy
 from rlhfdsl.training.rewards import Function, TextReward
 
@@ -55,6 +57,8 @@ def open_stage(
     in the recipe's output. Weights that another stage makes are read from where `rlhf run` left them. Raises UserError
     with the plan's diagnostics, and for a stage that is not there or does not learn from its own answers.
     """
+    if isinstance(sets, str):
+        refuse(f"`sets` is one text, `{sets}`", f"it takes a list of them: sets=[{sets!r}]")
     device = distributed.join("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world())
     options = argparse.Namespace(
@@ -78,7 +82,7 @@ def open_stage(
         raise UserError("E0201", f"`{recipe}` has no stage `{address}` for a loop of one's own",
                         help=f"there is {', '.join(usable) or 'none'}")  # fmt: skip
     directory = Path(output) if output is not None else Path(plan["recipe"]["output"]) / "own"
-    directory.mkdir(parents=True, exist_ok=True)
+    make_output(directory)
     base = Path(os.path.abspath(recipe)).parent
     return Stage(Context(plan, stage, base, directory, device, lambda event, **values: None))
 
@@ -105,9 +109,13 @@ class Stage:
         return loop.make_engines(self.context)
 
     def trainer(self, engines: Engines | None = None) -> OnPolicy:
-        """The stage's algorithm over `engines` (left out, those of the recipe)."""
+        """The stage's algorithm over `engines` (left out, those of the recipe). Raises UserError if one lacks."""
+        engines = engines or self.engines
+        if self.context.stage["kind"] == "ppo" and engines.critic is None:
+            refuse("PPO has no critic", "`stage.engines.critic` is the one of the recipe; GRPO and RLOO learn without")
+        check_reward(engines.reward)
         return TRAINERS[self.context.stage["kind"]](
-            engines or self.engines, self.settings, at_once=self.context.stage["batch"]["generate_per_rank"],
+            engines, self.settings, at_once=self.context.stage["batch"]["generate_per_rank"],
             stop_ids=self.context.stop_ids, pad_id=self.context.pad_id, seed=self.context.seed,
         )  # fmt: skip
 
@@ -139,6 +147,7 @@ class Stage:
 
     def save(self, engine: Engine, name: str) -> Path:
         """Write an engine's model in Hugging Face form to `name` in the output; every rank calls it."""
+        check_engine(engine)
         path = self.context.directory / name
         save_model(engine, self.context.tokenizer, path, stop_ids=self.context.stop_ids)
         return path

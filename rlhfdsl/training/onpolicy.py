@@ -28,13 +28,14 @@ from rlhfdsl.engines.rollout.interface import Rollout, Sampling
 from rlhfdsl.training import invariants, rollouts
 from rlhfdsl.training.advantages import next_kl_coefficient
 from rlhfdsl.training.experience import Answers, Experience, Scored, as_answers
+from rlhfdsl.training.handed import check_experience, check_prompts, check_ptx
 from rlhfdsl.training.losses import kl_estimate
 from rlhfdsl.training.micro import Passes, in_turn, micro_parts
 from rlhfdsl.training.policy import policy_gradients, pretraining_gradients
 from rlhfdsl.training.rewards import Reward, Weighted, models
 
 
-@dataclass
+@dataclass(slots=True)
 class Engines:
     """The models of a stage: a policy that learns, the policy it is held to, what scores, and PPO's critic."""
 
@@ -141,8 +142,10 @@ class OnPolicy(ABC):
     ) -> tuple[Experience, dict[str, float]]:
         """One rollout over this rank's `prompts`, whose numbers in the global batch are `rows`.
 
-        Returns the experience and the rollout's metrics, the same on every rank.
+        Returns the experience and the rollout's metrics, the same on every rank. Raises UserError for prompts that the
+        stage has no room for.
         """
+        check_prompts(prompts, rows, self.settings["rollout"]["prompt"])
         started = time.perf_counter()
         sampled = self.sample(prompts, rows, self.rollouts, self.settings["rollout"]["answers"])
         if self.engines.actor.spec["rollout"]["free_cache"]:
@@ -251,11 +254,15 @@ class OnPolicy(ABC):
         """All updates of one rollout: `epochs` passes over its minibatches.
 
         ptx: this rank's pretraining rows for each update, if the stage mixes them in. actor: whether the actor learns
-        too (not while a critic warms up). Returns the mean metrics of the updates.
+        too (not while a critic warms up). Returns the mean metrics of the updates. Raises UserError for an experience
+        that is not whole minibatches.
         """
         started = time.perf_counter()
         update = self.settings["update"]
-        count = len(experience) // (update["minibatch"] // distributed.world())
+        minibatch = update["minibatch"] // distributed.world()
+        check_experience(experience, minibatch)
+        count = len(experience) // minibatch
+        check_ptx(ptx, self.settings, update["epochs"] * count)
         history: list[dict[str, float]] = []
         for epoch in range(update["epochs"]):
             for number in order(count, self.seed, self.rollouts * update["epochs"] + epoch, shuffle=True):

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,50 @@ def test_what_cannot_be_opened_is_said(folder):
     assert raised.value.help == "there is stage.ppo"
     with pytest.raises(UserError, match="(?s)has no plan.*E0307"):
         open_stage(folder / "own.rlhf", "stage.ppo", sets=["stage.ppo.rollout.batch=0"])
+    (folder / "file").touch()
+    with pytest.raises(UserError, match="`own-loop/file` is a file"):
+        open_stage(folder / "own.rlhf", "stage.ppo", output=(folder / "file").relative_to(Path.cwd()))
+    with pytest.raises(UserError, match="`sets` is one text") as raised:
+        open_stage(folder / "own.rlhf", "stage.ppo", sets="stage.ppo.rollouts=2")
+    assert raised.value.__notes__ == ["help: it takes a list of them: sets=['stage.ppo.rollouts=2']"]
+
+
+def test_what_a_loop_hands_over_is_held_against_the_stage(folder):
+    stage = open_stage(folder / "own.rlhf", "stage.ppo", params={"rollouts": "1"}, output="out")
+    engines = stage.engines
+    with pytest.raises(AttributeError):
+        engines.rewrad = stage.reward(letters)
+    engines.reward = letters
+    refused(r"the reward `letters` does not take answers", stage.trainer)
+    engines.reward = stage.reward(letters)
+    refused("PPO has no critic", stage.trainer, replace(engines, critic=None))
+    trainer = stage.trainer()
+    refused("`save` takes an engine, not a str", stage.save, "actor", "policy")
+
+    prompts, rows = stage.prompts(0)
+    generate = trainer.generate_experience
+    refused("no prompt to answer", generate, [], [])
+    refused("32 prompts and 5 numbers", generate, prompts, rows[:5])
+    refused("prompt 0 is a str", generate, [prompt.text for prompt in prompts], rows)
+    refused(r"prompt 31 has 65 tokens, and `rollout { prompt = 64 }`", generate,
+            [*prompts[:31], replace(prompts[0], ids=[10] * 65)], rows)  # fmt: skip
+
+    both = generate(prompts, rows)
+    experience = both[0]
+    refused("takes an experience, not a tuple", trainer.train_step, both)
+    refused("24 answers on this rank are not whole minibatches of 32", trainer.train_step, experience.rows(0, 24))
+    refused(r"`advantages` of the experience is \[32\], not \[32, 12\]", trainer.train_step,
+            replace(experience, advantages=experience.scores))  # fmt: skip
+    refused("mixes no pretraining rows in", trainer.train_step, experience, [[], []])
+    stage.settings["ptx"] = {"weight": 1.0, "batch": 4}
+    refused("rows for 1 updates, and this rollout has 2", trainer.train_step, experience, [[]])
+
+
+def letters(prompts: list[str], answers: list[str]) -> list[float]:
+    return [float(len(answer)) for answer in answers]
+
+
+def refused(message: str, call: Callable, *arguments: object) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        call(*arguments)
+    assert raised.value.code == "E0784"

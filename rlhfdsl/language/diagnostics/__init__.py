@@ -87,6 +87,8 @@ class UserError(Exception):
         self.at = at
         self.place = place
         self.help = help
+        if help is not None:
+            self.add_note(f"help: {help}")  # where nobody renders it, below its traceback
 
     def __str__(self) -> str:
         return f"[{self.code}] {self.message}" + (f" ({self.place})" if self.place else "")
