@@ -18,7 +18,8 @@ from rlhfdsl.engines.rollout.launch import early_launch
 
 _PROGRAMS = 1024  # programs that keep a GPU busy: a row's columns are split until there are about as many
 _MAX_SPLITS = 16
-_BLOCK = 2048  # keys' elements that one warp reads at a time, of heads of up to 128
+_TILE = 2048  # elements that a warp holds of the keys that it reads at a time, and of the sums of its heads
+_MOST_WARPS = 8
 
 
 def attend(
@@ -47,7 +48,9 @@ def attend(
     splits = triton.next_power_of_2(triton.cdiv(_PROGRAMS, batch * kv_heads))
     splits = min(splits, _MAX_SPLITS)
     padded = triton.next_power_of_2(size)
-    block = max(16, min(128, _BLOCK // padded))
+    group_padded = 1 if group == 1 else max(16, triton.next_power_of_2(group))
+    block = max(16, min(128, _TILE // padded))
+    warps = min(max(block, group_padded) * padded // _TILE, _MOST_WARPS)
     query, new_keys, new_values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, new_keys, new_values))
     out = torch.empty(batch, heads, 1, size, dtype=query.dtype, device=query.device)
     partial = sums = arrived = out
@@ -61,9 +64,9 @@ def attend(
         query.stride(0), query.stride(1), new_keys.stride(0), new_keys.stride(1),
         new_values.stride(0), new_values.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         values.stride(0), values.stride(1), values.stride(2),
-        KV_HEADS=kv_heads, G=group, GP=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        KV_HEADS=kv_heads, G=group, GP=group_padded,
         D=size, DP=padded, BLOCK=block, SPLITS=splits, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        BIAS=bias is not None, num_warps=max(1, padded // 128), **early_launch(query.device),
+        BIAS=bias is not None, num_warps=max(warps, 1), **early_launch(query.device),
     )  # fmt: skip
     return out
 
