@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import sys
 from pathlib import Path
 
-from rlhfdsl.cli.common import show_user_error
+from rlhfdsl.cli.common import say, show_user_error
 from rlhfdsl.cli.saving import read_plan
 from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.language.terminal import visible
+from rlhfdsl.models.tokenizers import HUMAN_ASSISTANT, render
+from rlhfdsl.planning.places import relocate
 
 HELP = "talk to a trained policy"
 COMMANDS = "/new starts a new conversation, /quit ends"
@@ -19,8 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run's folder (runs/NAME), or any model folder in Hugging Face form")
     parser.add_argument("--stage", help="the stage whose policy answers, e.g. sft (default: the last one)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of that stage")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default 1.0)")
-    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    parser.add_argument(
+        "--temperature", type=temperature, default=1.0, metavar="T", help="0 takes the most likely token (default 1.0)"
+    )
+    parser.add_argument("--tokens", type=tokens, default=256, metavar="N", help="longest answer (default 256)")
     parser.add_argument("--system", help="a system message to start with")
     parser.add_argument("--seed", type=int, help="repeat the same conversation")
 
@@ -34,6 +40,24 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
+def temperature(text: str) -> float:
+    """A temperature, from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"takes a number from 0, not `{text}`")
+    return value
+
+
+def tokens(text: str) -> int:
+    """A number of tokens, from 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"takes a number from 1, not `{text}`")
+    return int(text)
+
+
 def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
     """The folder of the policy to talk to. Raises UserError when there is none."""
     plan_path = run / "plan.json"
@@ -45,8 +69,9 @@ def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
             f"`{run}` is neither a run nor a model: it has no plan.json and no config.json",
             help="give the folder that `rlhf run` wrote, e.g. runs/quickstart",
         )
-    plan = read_plan(plan_path)
-    artifact = "ema" if ema else "policy"
+    # Paths in the plan are relative to where the run was started; this may be elsewhere, or the folder was moved.
+    plan = relocate(read_plan(plan_path), str(run))
+    artifact, what = ("ema", "averaged weights") if ema else ("policy", "policy")
     made = {
         s["address"].removeprefix("stage."): Path(s["artifacts"][artifact])
         for s in plan["stages"]
@@ -56,11 +81,14 @@ def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
     if stage is not None:
         stage = stage.removeprefix("stage.")
         if stage not in ready:
-            why = "is not finished" if stage in made else f"makes no {artifact}"
+            why = "is not finished" if stage in made else f"makes no {what}"
             raise UserError("E0831", f"stage `{stage}` of {run} {why}", help=_choices(ready))
         return ready[stage]
+    if not made:
+        raise UserError("E0831", f"no stage of {run} makes a {what}".replace("a averaged", "averaged"))
     if not ready:
-        raise UserError("E0831", f"no stage of {run} has made a {artifact} yet", help="finish it with `rlhf run`")
+        help = "`ema = 0.992` in an actor keeps an average" if ema and not made else "finish it with `rlhf run`"
+        raise UserError("E0831", f"no stage of {run} has made {what if ema else 'a policy'} yet", help=help)
     return list(ready.values())[-1]
 
 
@@ -84,16 +112,26 @@ def converse(directory: Path, args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", trust_remote_code=False, use_safetensors=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library raises many kinds for a broken or missing file
         raise UserError(
             "E0832", f"the model in `{directory}` cannot be loaded", help=first_line(error)
         ) from error
+    if loading["missing_keys"]:
+        raise UserError(
+            "E0832", f"the model in `{directory}` has no weights for `{min(loading['missing_keys'])}`",
+            help="a reward model or critic writes no text; give the folder of a policy",
+        )  # fmt: skip
+    if not tokenizer.chat_template:
+        say(f"{directory} has no chat template: turns are written as Human: and Assistant:")
+        tokenizer.chat_template = HUMAN_ASSISTANT
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if args.seed is not None:
         torch.manual_seed(args.seed)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{directory}  ({COMMANDS})")
@@ -114,7 +152,7 @@ def converse(directory: Path, args: argparse.Namespace) -> int:
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        prompt = fitted(tokenizer, messages, context - args.tokens).to(model.device)
+        prompt = fitted(tokenizer, messages, context - min(args.tokens, context // 2)).to(model.device)
         try:
             with torch.no_grad():
                 output = model.generate(
@@ -135,11 +173,25 @@ def converse(directory: Path, args: argparse.Namespace) -> int:
 
 
 def fitted(tokenizer, messages: list[dict[str, str]], room: int):
-    """Ids [1, T] of the conversation; the oldest turns are forgotten (in place) until it leaves room for an answer."""
+    """Ids [1, T] of the conversation; the oldest turns are forgotten (in place) until it leaves room for an answer.
+
+    Of a single turn that is too long the beginning is left out, and that is said. Raises UserError when the template
+    refuses the conversation, as some do with a system message.
+    """
+    from jinja2 import TemplateError
+
     while True:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            (text,) = render(tokenizer, [messages], generation=True)
+        except TemplateError as error:
+            raise UserError(
+                "E0832", "the model's chat template refuses this conversation", help=first_line(error)
+            ) from error
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         first = 1 if messages[0]["role"] == "system" else 0
-        if ids.shape[1] <= room or len(messages) - first <= 1:
-            return ids[:, -max(room, 1) :]
+        if ids.shape[1] <= room:
+            return ids
+        if len(messages) - first <= 1:
+            say(f"(of {ids.shape[1]} tokens the model reads the last {room})")
+            return ids[:, -room:]
         del messages[first : first + 2]

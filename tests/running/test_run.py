@@ -111,6 +111,13 @@ def test_chat_with_the_run(finished, monkeypatch, capsys):
     code, out, err = rlhf(capsys, "chat", "runs/small", "--tokens", "5", "--seed", "1")
     assert code == 0, err
     assert len(out.splitlines()) >= 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is an oak?\n"))
+    monkeypatch.chdir("runs")  # the plan's paths are relative to the folder that it was run in
+    code, _, err = rlhf(capsys, "chat", "small", "--tokens", "5")
+    assert code == 0, err
+    monkeypatch.chdir(finished)
+    code, _, err = rlhf(capsys, "chat", "runs/small", "--stage", "sft", "--ema")
+    assert code == 1 and "stage `sft` of runs/small makes no averaged weights" in err
     code, _, err = rlhf(capsys, "chat", "runs/small", "--stage", "reward")
     assert code == 1 and "makes no policy" in err and "ready: sft, ppo" in err
     code, _, err = rlhf(capsys, "chat", "runs/other")
