@@ -61,6 +61,8 @@ def verify(
     """
     plan = _plan(run)
     chosen = list(_chosen(plan, stages))
+    for stage in chosen if updates is not None else ():
+        _has_metrics(stage, updates)
     found = []
     with tempfile.TemporaryDirectory(prefix=f"{run.resolve().name}.verify-", dir=run.resolve().parent) as scratch:
         for stage in chosen:
@@ -111,6 +113,16 @@ def _chosen(plan: Json, wanted: Sequence[str]) -> Iterator[Json]:
         yield stage
     if not done:
         raise UserError("E0756", "no stage of the run is finished", help="finish it with `rlhf run`")
+
+
+def _has_metrics(stage: Json, updates: int) -> None:
+    """Refuse a prefix in which the stage wrote nothing that could be compared."""
+    unit, every = schedule.unit(stage), stage["settings"]["log"]
+    if updates < min(every, stage["batch"][unit]):
+        raise UserError(
+            "E0756", f"{stage['address']} wrote its metrics every {every} {unit}, none of the first {updates}",
+            help=f"--updates {every} or more, or only other stages with --stage",
+        )  # fmt: skip
 
 
 def _base(run: Path, stage: Json) -> Path:

@@ -103,6 +103,9 @@ def test_what_cannot_be_executed_again(capsys, project):
     assert "not made by the plan" in rlhf(capsys, "verify", run)[2]
     (run / "sft" / "result.json").write_text(json.dumps({"key": keys.keys(made)["stage.sft"]}))
     assert "did not note where its inputs are" in rlhf(capsys, "verify", run)[2]
+    made["stages"][0]["settings"]["log"] = 2
+    (run / "plan.json").write_text(json.dumps(made))
+    assert "wrote its metrics every 2 updates" in rlhf(capsys, "verify", run, "--updates", "1")[2]
     (run / "plan.json").write_text("{")
     assert "E0756" in rlhf(capsys, "verify", run)[2]
     assert sorted(path.name for path in Path("runs").iterdir()) == ["small"]  # no scratch folder stays
