@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 from rlhfdsl.language.terminal import visible
 
@@ -26,6 +28,18 @@ class _Stdout(Console):
         raise BrokenPipeError
 
 
+class _Note(TextColumn):
+    """What a stage says of itself: on a narrow terminal it is cut, and the columns beside it are whole."""
+
+    def __init__(self) -> None:
+        super().__init__("{task.fields[note]}", table_column=Column(no_wrap=False))  # so it is the one that gives way
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 class Display:
     """Shows the events of a run's stages. Use as a context manager and as the supervisor's `show`.
 
@@ -38,9 +52,10 @@ class Display:
         self.tasks: dict[str, TaskID] = {}
         self.printed: dict[str, float] = {}
         if self.console.is_terminal:
+            bar = max(4, min(28, self.console.width - 86))  # beside a note of 60 columns
             self.progress = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=28), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=self.console,
+                TextColumn("{task.description}"), BarColumn(bar_width=bar), TextColumn("{task.completed}/{task.total}"),
+                _Note(), TimeElapsedColumn(table_column=Column(no_wrap=True)), console=self.console,
             )  # fmt: skip
 
     def __enter__(self) -> Display:
