@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     }
     taken = [str(folder / path) for path in files if (folder / path).exists()]
     if taken:
-        fail(f"nothing was written, because {listed(taken)} exists already")
+        fail(f"nothing was written, because there is {listed(taken)} already")
     for path, origin in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(folder / path, origin.read_bytes())

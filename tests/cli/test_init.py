@@ -39,7 +39,7 @@ def test_a_template_is_a_recipe_with_its_data(tmp_path: Path, capsys, name: str)
 def test_nothing_is_overwritten(tmp_path: Path, capsys):
     (tmp_path / "quickstart.rlhf").write_text("mine", encoding="utf-8")
     assert main(["init", str(tmp_path)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "there is `" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["quickstart.rlhf"]
     assert (tmp_path / "quickstart.rlhf").read_text(encoding="utf-8") == "mine"
 
