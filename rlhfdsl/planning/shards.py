@@ -69,7 +69,7 @@ def misfit(s: Shape, size: int, gpus: int) -> str | None:
     if rules(s.type) is None:
         return f"{s.type}: {why_not(s.type)}"
     parts = {
-        f"the {gpus} GPUs of a node": gpus,
+        f"the {gpus} GPUs of a node" if gpus > 1 else "the one GPU of a node": gpus,
         f"the {s.heads} heads of a layer": s.heads,
         f"the {s.kv_heads} heads of keys and values": s.kv_heads,
         f"the MLP's width of {s.intermediate}": s.intermediate,

@@ -536,6 +536,7 @@ def test_shards_that_do_not_come_out_even(shop, tensor, arch, label, help):
     code, message, hint = said(found)
     assert code == "E0717" and f"in {tensor} shards" in message and hint.startswith(help)
     assert (shop.text_at(found), found.label) == (str(tensor), label)
+    assert shop.problem(text, gpus(1)).label == f"{tensor} does not divide the one GPU of a node"
 
 
 def test_shards_need_the_graph(shop):
