@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from rlhfdsl.cli.common import say, show_user_error
+from rlhfdsl.cli.planned import positive
 from rlhfdsl.cli.saving import read_plan
 from rlhfdsl.language.diagnostics import UserError, first_line
 from rlhfdsl.language.terminal import visible
@@ -26,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=temperature, default=1.0, metavar="T", help="0 takes the most likely token (default 1.0)"
     )
-    parser.add_argument("--tokens", type=tokens, default=256, metavar="N", help="longest answer (default 256)")
+    parser.add_argument("--tokens", type=positive, default=256, metavar="N", help="longest answer (default 256)")
     parser.add_argument("--system", help="a system message to start with")
     parser.add_argument("--seed", type=int, help="repeat the same conversation")
 
@@ -51,13 +52,6 @@ def temperature(text: str) -> float:
     return value
 
 
-def tokens(text: str) -> int:
-    """A number of tokens, from 1."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"takes a number from 1, not `{text}`")
-    return int(text)
-
-
 def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
     """The folder of the policy to talk to. Raises UserError when there is none."""
     plan_path = run / "plan.json"
@@ -71,7 +65,7 @@ def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
         )
     # Paths in the plan are relative to where the run was started; this may be elsewhere, or the folder was moved.
     plan = relocate(read_plan(plan_path), str(run))
-    artifact, what = ("ema", "averaged weights") if ema else ("policy", "policy")
+    artifact, what = ("ema", "averaged weights") if ema else ("policy", "a policy")
     made = {
         s["address"].removeprefix("stage."): Path(s["artifacts"][artifact])
         for s in plan["stages"]
@@ -81,14 +75,14 @@ def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
     if stage is not None:
         stage = stage.removeprefix("stage.")
         if stage not in ready:
-            why = "is not finished" if stage in made else f"makes no {what}"
+            why = "is not finished" if stage in made else f"makes no {what.removeprefix('a ')}"
             raise UserError("E0831", f"stage `{stage}` of {run} {why}", help=_choices(ready))
         return ready[stage]
     if not made:
-        raise UserError("E0831", f"no stage of {run} makes a {what}".replace("a averaged", "averaged"))
+        help = "`ema = 0.992` in an actor keeps an average" if ema else None
+        raise UserError("E0831", f"no stage of {run} makes {what}", help=help)
     if not ready:
-        help = "`ema = 0.992` in an actor keeps an average" if ema and not made else "finish it with `rlhf run`"
-        raise UserError("E0831", f"no stage of {run} has made {what if ema else 'a policy'} yet", help=help)
+        raise UserError("E0831", f"no stage of {run} has made {what} yet", help="finish it with `rlhf run`")
     return list(ready.values())[-1]
 
 

@@ -17,10 +17,13 @@ from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.inputs import forward_inputs, takes
 from rlhfdsl.models.lora import adapters_off, adapters_on_half, lora_layers
 from rlhfdsl.models.scalar import at_last
+from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, LAYER_FORWARD
 
-# Parameters x tokens of a pass that take as long as the launches of one of its layers: 2.8 ms (forward and backward, as
-# planning/rates.py has it) of what a device computes, 6 FLOPs each. An H100 reached 4e14 FLOP/s, a core of a CPU 5e10.
-LAUNCHED = {"cuda": 2.8e-3 * 4e14 / 6, "cpu": 2.8e-3 * 5e10 / 6}
+# Parameters x tokens of a pass, forward and backward at 6 FLOPs each, that take as long as the launches of one of its
+# layers. An H100 reached 4e14 FLOP/s in passes, a core of a CPU 5e10.
+LAUNCHED = {
+    device: (1 + BACKWARD_LAUNCHES) * LAYER_FORWARD * flops / 6 for device, flops in (("cuda", 4e14), ("cpu", 5e10))
+}
 
 
 class Engine:
@@ -52,7 +55,7 @@ class Engine:
         layers = self.module.config.get_text_config().num_hidden_layers
         count = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
         # tokens that take as long as what a pass costs beside its tokens
-        self.pass_tokens: float = layers * LAUNCHED.get(self.device.type, 0.0) / count
+        self.pass_tokens: float = layers * LAUNCHED[self.device.type] / count
         self.resting = Resting(self.module) if spec["offload"] == "idle" else None
         self.rest()
 

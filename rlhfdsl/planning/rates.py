@@ -22,6 +22,8 @@ MATMUL, COPY, TRAIN = 0.79, 0.89, 0.72
 LINK, HOST = 0.75, 0.75
 LAYER_DECODE = 0.65e-3  # seconds: a layer's kernels launched one by one in `generate` (an H100: 16.8 ms for 24)
 LAYER_FORWARD = 0.7e-3  # seconds: the same in a forward of a whole sequence that trains (OPT-125M on an H100's hosts)
+# Forward passes of launches that a backward pass takes: 2.6 to 3 by the CPU time of small layers of Llama and OPT.
+BACKWARD_LAUNCHES = 3
 HOST_MEMORY = 100e9  # bytes/s of a node's memory, where an offloaded optimizer works
 KIND = "rlhfdsl hardware profile"
 

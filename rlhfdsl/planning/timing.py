@@ -17,12 +17,11 @@ from rlhfdsl.planning import memory, nvme, shards, traffic
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Placement, Sampling
-from rlhfdsl.planning.rates import HOST_MEMORY, Rates
+from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, HOST_MEMORY, Rates
 
 # Seconds of a captured decode step, a layer's beyond its bytes: of up to FEW sequences, whose products are kernels of
 # `engines/rollout/dense.py`, and of more (H100: OPT-1.3B at 16, and at 128).
 FEW, GRAPH_LAYER_OF_FEW, GRAPH_LAYER = 32, 0.026e-3, 0.042e-3
-BACKWARD = 3  # forward passes of launches that a backward pass takes (CPU time of small layers of Llama, OPT: 2.6, 3)
 ADAPTER = 0.25  # of the launches of a layer, for each adapter in it (H100: Llama-3.2-3B with 7 under peft)
 # Forward passes of launches that torch's checkpointing of a layer costs the host beside the one that it repeats, by its
 # hooks at every tensor (H100: OPT-1.3B).
@@ -217,7 +216,7 @@ class _Clock:
 
     def host(self, forwards: int, train: bool) -> float:
         """Seconds in which the host launches a micro batch."""
-        out = (forwards + BACKWARD * train) * self.layers * self.rates.forward
+        out = (forwards + BACKWARD_LAUNCHES * train) * self.layers * self.rates.forward
         out += (forwards - 1) * CHECKPOINT * self.shape.layers * self.rates.forward
         if self.placed.zero == 3:
             out += (forwards + train) * traffic.tensors(self.shape, not self.causal) * HOOKS
