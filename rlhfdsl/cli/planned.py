@@ -16,8 +16,6 @@ from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock, score
 
 Json = dict[str, Any]
 TARGET = ("gpu", "gpus", "nodes", "host_memory", "price")  # options
-
-
 OF_THE_HUB = frozenset({"E0815", "E0855"})  # what data and models on the hub end in that cannot be had
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.cli.common import OK, fail, say
-from rlhfdsl.cli.planned import make_plan
+from rlhfdsl.cli.planned import TARGET, make_plan
 from rlhfdsl.language import schema
 from rlhfdsl.planning import catalog, hardware, measured
 
@@ -154,10 +154,9 @@ def measure(case: Case, device: str, args: argparse.Namespace) -> Json:
         (folder / "rows.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows(case, case.batch * (args.updates + 1))), encoding="utf-8"
         )
-        options = {"param": [], "profile": None, "sets": [], "gpus": 1, "nodes": None, "price": None,
-                   "host_memory": None}  # fmt: skip
-        gpu = args.gpu or ("cpu" if device == "cpu" else None)
-        planned = make_plan(argparse.Namespace(file=folder / "truth.rlhf", gpu=gpu, **options))
+        options: Json = {"param": [], "profile": None, "sets": []} | dict.fromkeys(TARGET)
+        options |= {"gpu": args.gpu or ("cpu" if device == "cpu" else None), "gpus": 1}
+        planned = make_plan(argparse.Namespace(file=folder / "truth.rlhf", **options))
         if planned.plan is None:
             first = next(d for d in planned.diagnostics if d.severity == "error")
             return {"name": case.name, "error": f"not planned: {first.message}"}
