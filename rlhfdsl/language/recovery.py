@@ -8,8 +8,10 @@ statement's end.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from rlhfdsl.language.braces import TOP, Missing, unpaired
 from rlhfdsl.language.diagnostics import Diagnostic
 from rlhfdsl.language.lalr import END, Parser, Token, Tree, Unexpected
 from rlhfdsl.language.source import SourceFile
@@ -17,10 +19,6 @@ from rlhfdsl.language.wording import PIECE, Wording
 
 _ERROR_LIMIT = 100
 _STATEMENT = re.compile(r'[ \t]*[A-Za-z_][\w.-]*[ \t]*(=(?!=)|\{|"[^"\n]*"[ \t]*\{|[A-Za-z_][\w-]*[ \t]*\{)')
-# What only stands at the top level: at the start of a line it tells that the block above was not closed.
-_TOP = re.compile(
-    r'(?:recipe|cluster|model|data|blend|parallel|stage)\b[ \t]+["\w][^={\n]*\{|param[ \t]+\w+[ \t]*:'
-)
 _OPENERS = ("LSQB", "LPAR", "LBRACE")
 _CLOSERS = ("RSQB", "RPAR", "RBRACE")
 
@@ -37,22 +35,38 @@ _REPAIRS = {
 def parse_all(source: SourceFile, start: str) -> tuple[Tree | None, list[Diagnostic]]:
     """Parse with recovery: the tree of what could be read (None for nothing), and every syntax error."""
     recovery = _Recovery(source, start)
-    return recovery.run(), recovery.wording.problems
+    tree = recovery.run()
+    if recovery.wording.problems:
+        missing, extra = unpaired(recovery.text)
+        if missing or extra:
+            recovery = _Recovery(source, start, missing, extra)
+            tree = recovery.run()
+    return tree, sorted(recovery.wording.problems, key=lambda problem: problem.span.start if problem.span else 0)
 
 
 class _Recovery:
-    """One parse: the parser, and what was said so far."""
+    """One parse: the parser, and what was said so far.
 
-    def __init__(self, source: SourceFile, start: str) -> None:
+    A block of which it is known that its `}` is `missing` gets it there, and the braces at `extra` are not read.
+    """
+
+    def __init__(
+        self, source: SourceFile, start: str, missing: Sequence[Missing] = (), extra: Sequence[int] = ()
+    ) -> None:
         self.text = source.text if source.text.endswith("\n") or start != "start" else source.text + "\n"
         self.wording = Wording(source, self.text)
-        self.parser = Parser(self.text, start)
+        self.missing = list(missing)
+        read = list(self.text)
+        for at in extra:
+            read[at] = " "
+            self.wording.extra(at)
+        self.parser = Parser("".join(read), start)
 
     def run(self) -> Tree | None:
         """Feed every token; at each error recover and go on, or give up with None."""
         while len(self.wording.problems) < _ERROR_LIMIT:
             try:
-                while (token := self.parser.token()) is not None:
+                while (token := self.token()) is not None:
                     if token.type == "NAME" and self.text[token.start_pos - 1 : token.start_pos] in ("", "\n"):
                         self.close_before(token)
                     self.parser.feed(token)
@@ -62,6 +76,16 @@ class _Recovery:
                 if not self.recover(error):
                     return None
         return None
+
+    def token(self) -> Token | None:
+        """The next token, behind a `}` that is known to be missing before it. Raises Unexpected."""
+        while self.missing and self.missing[0].before <= self.parser.at:
+            lacks = self.missing.pop(0)
+            self.wording.unclosed(lacks.opener, lacks.at, lacks.text)
+            if self.accepts("RBRACE"):
+                self.parser.feed(Token("RBRACE", "}", lacks.before, lacks.before))
+                self.parser.feed(Token("_NL", "\n", lacks.before, lacks.before))
+        return self.parser.token()
 
     def innermost(self) -> Token | None:
         """The innermost bracket that is open; one whose closing bracket follows it on the stack is not."""
@@ -91,14 +115,14 @@ class _Recovery:
             if opener is None:
                 self.wording.describe(error)
                 return False
-            self.wording.unclosed(opener)
+            self.wording.unclosed(opener.start_pos)
             return self.close_blocks(len(self.text))
         at = error.at
         line = self.text.rfind("\n", 0, at) + 1
         fresh = not self.text[line:at].strip() and (_STATEMENT.match(self.text, line) or self.text[at] == "}")
         # A new statement on a new line inside an open list: the list is to blame, not the statement.
         if fresh and opener is not None and opener.type != "LBRACE":
-            self.wording.unclosed(opener)
+            self.wording.unclosed(opener.start_pos, self.wording.last_code(line))
             return self.skip(at, resume_here=True)
         code = self.wording.describe(error, opener)
         if error.token is not None and self.repair(error.token, code):
@@ -192,8 +216,8 @@ class _Recovery:
     def close_before(self, token: Token) -> None:
         """Close the open blocks before a block that can only stand at the top level."""
         opener = self.innermost()
-        if opener is not None and _TOP.match(self.text, token.start_pos):
-            self.wording.unclosed(opener)
+        if opener is not None and TOP.match(self.text, token.start_pos):
+            self.wording.unclosed(opener.start_pos)
             self.close_blocks(token.start_pos)
 
     def close_blocks(self, at: int) -> bool:

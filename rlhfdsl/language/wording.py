@@ -100,6 +100,8 @@ def _labels() -> dict[tuple[int, str | None], str]:
                     table.setdefault((error.position, None), code)
     return table
 
+
+_PARTNERS = {"{": "}", "[": "]", "(": ")"}
 _LETTERS = "a name holds the letters a to z and A to Z, digits and `_`; any letter may stand in a text, in quotes"
 _QUOTES = 'write "…", with straight quotes'
 
@@ -118,10 +120,24 @@ class Wording:
         span = Span(self.source.name, min(start, len(self.source.text)), end)
         self.problems.append(Diagnostic(code, "error", message, span, **more))
 
-    def unclosed(self, opener: Token) -> None:
-        """An opening bracket without its closing one."""
-        at = opener.start_pos
-        self.add("E0107", f"this `{opener}` is never closed", at, at + 1, label="opened here")
+    def unclosed(self, opener: int, at: int | None = None, closing: str = "") -> None:
+        """An opening bracket without its partner, which is to be written at `at`, as `closing`, where that is known."""
+        bracket = self.text[opener]
+        partner = _PARTNERS[bracket]
+        help, fixes = f"write its `{partner}` where the block ends", list[Fix]()
+        if at is not None:
+            where = "below" if closing.startswith("\n") else "at the end of"
+            help = f"write `{partner}` {where} line {self.source.position(at)[0]}"
+            fixes = [Fix(help, (Edit(Span(self.source.name, at, at), closing or partner),))]
+        message = f"this `{bracket}` is never closed"
+        self.add("E0107", message, opener, opener + 1, label="opened here", help=help, fixes=tuple(fixes))
+
+    def extra(self, at: int) -> None:
+        """A brace that is one too many."""
+        code = "E0105" if self.text[at] == "}" else "E0101"
+        message = "this `}` is one too many: its block goes on below" if code == "E0105" else "`{` cannot stand here"
+        fixes = (Fix("delete it", (Edit(Span(self.source.name, at, at + 1), ""),)),)
+        self.add(code, message, at, at + 1, help="delete it", fixes=fixes)
 
     def describe(self, error: Unexpected, opener: Token | None = None) -> str:
         """One diagnostic for one error of the parser's, inside the open bracket `opener`; returns its code."""
@@ -219,6 +235,12 @@ class Wording:
             assert match is not None
             end = at + len(match.group().rstrip()) if match.group().strip() else end
             at = match.end()
+        return end
+
+    def last_code(self, line: int) -> int:
+        """Where the last code above the line that begins at `line` ends."""
+        while (end := self.end_of_code(line - 1)) == (above := self.text.rfind("\n", 0, line - 1) + 1):
+            line = above
         return end
 
     def describe_character(self, at: int) -> None:
