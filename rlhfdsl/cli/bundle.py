@@ -6,7 +6,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
+from rlhfdsl.cli.common import ERROR, OK, fail, needs_file, show_user_error
 from rlhfdsl.cli.planned import add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.cli.saving import is_saved, read_saved
 from rlhfdsl.language import UserError
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Make a bundle, or open one."""
     if args.open is not None:
         return _open(args)
+    needs_file(args.file, "bundled")
     if is_saved(args.file):
         fail(f"{args.file} is packed already; --open FOLDER unpacks it, `rlhf run` runs it")
     go_offline(args)

@@ -17,7 +17,7 @@ HELP = "find every mistake of a recipe"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rlhf check`."""
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a .rlhf recipe")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a .rlhf recipe; - is stdin")
     add_recipe_options(parser)
     parser.add_argument(
         "--format",

@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
-    from rlhfdsl.language.source import SourceFile
+    from rlhfdsl.language.source import Overlay, SourceFile
 
 OK, ERROR, USAGE, BUG = 0, 1, 2, 3
 
@@ -32,6 +33,28 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@cache
+def _whole(stream: TextIO) -> bytes:
+    return stream.buffer.read()
+
+
+def held(name: str | Path) -> tuple[Path, Overlay | None]:
+    """The path of a recipe that was named on the command line, and its text if that comes from stdin (`-`).
+
+    What stdin names lies in the current folder.
+    """
+    if str(name) != "-":
+        return Path(name), None
+    path = Path("<stdin>")
+    return path, lambda asked: _whole(sys.stdin) if asked == path else None
+
+
+def needs_file(name: str | Path, why: str) -> None:
+    """Refuse a recipe from stdin, with exit code 2."""
+    if str(name) == "-":
+        fail(f"a recipe from stdin cannot be {why}: write it to a file first")
+
+
 def compile_recipe(path: str | Path, args: argparse.Namespace) -> Compilation:
     """Load a recipe with the options of `add_recipe_options`; exit 2 when a -p is not NAME=VALUE."""
     from rlhfdsl.language import load
@@ -44,7 +67,8 @@ def compile_recipe(path: str | Path, args: argparse.Namespace) -> Compilation:
         if not equals or not name:
             fail(f"-p takes NAME=VALUE, for example -p seed=7; `{text}` is not")
         params[name] = value
-    return load(path, sets=args.sets, params=params, profile=args.profile)
+    at, overlay = held(path)
+    return load(at, sets=args.sets, params=params, profile=args.profile, overlay=overlay)
 
 
 def load_recipe(path: str | Path, args: argparse.Namespace) -> Recipe:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what is known about it; 1 when the recipe has no such address."""
     if args.path is None and _CODE.fullmatch(args.subject):
         return _code(args)
-    if args.path is None and not args.subject.endswith(".rlhf"):
+    if args.path is None and not args.subject.endswith(".rlhf") and args.subject != "-":
         facts = describe_type(args.subject)
         if facts is None:
             known = [name for t in schema.types() for name in (t, *(f"{t}.{a}" for a in attributes_of(t)))]

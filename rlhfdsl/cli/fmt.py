@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhfdsl.cli.common import BUG, ERROR, OK, USAGE, say, show
-from rlhfdsl.language.diagnostics import Diagnostic
+from rlhfdsl.cli.common import BUG, ERROR, OK, USAGE, held, say, show
 from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.format import NotEquivalent, format_text
 from rlhfdsl.language.source import SourceFile, read
@@ -30,11 +29,8 @@ def run(args: argparse.Namespace) -> int:
     changed = total = 0
     for path in _files(args.files):
         total += 1
-        if path == Path("-"):
-            source, problems = SourceFile("<stdin>", sys.stdin.read()), list[Diagnostic]()
-        else:
-            found, problems = read(path)
-            source = found if found is not None else SourceFile(path.as_posix(), "")
+        found, problems = read(*held(path))
+        source = found if found is not None else SourceFile(path.as_posix(), "")
         try:
             text, wrong = (None, []) if problems else format_text(source)
         except NotEquivalent as bug:

@@ -14,7 +14,7 @@ HELP = "the stages, and which models and data feed them"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a recipe, or a saved plan (.json)")
+    parser.add_argument("file", metavar="FILE", help="a recipe (- is stdin), or a saved plan (.json)")
     add_plan_options(parser)
     parser.add_argument("--format", choices=("text", "mermaid", "dot"), default="text", help="default: text")
 

@@ -13,7 +13,7 @@ HELP = "read data and tokenizers once, and keep what planning needs of them in r
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a recipe")
+    parser.add_argument("file", metavar="FILE", help="a recipe; - is stdin")
     add_plan_options(parser)
     add_lock_options(parser)
     parser.add_argument("--check", action="store_true", help="make nothing; exit 1 when something is missing")

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlhfdsl.cli.common import ERROR, fail, say, show, show_user_error
+from rlhfdsl.cli.common import ERROR, fail, needs_file, say, show, show_user_error
 from rlhfdsl.cli.planned import TARGET, plan_recipe, target_of
 from rlhfdsl.cli.saving import is_saved, read_plan, read_saved
 from rlhfdsl.language import Diagnostic, Recipe, UserError, load
@@ -22,6 +22,7 @@ def given(args: argparse.Namespace) -> Given:
 
     Diagnostics go to stderr. Raises UserError, and SystemExit 1 or 2 after a message.
     """
+    needs_file(args.file, "run")
     asked = args.sha256 is not None
     if is_saved(args.file):
         recipe, plan, base = _saved(args)

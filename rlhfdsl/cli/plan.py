@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rlhfdsl.cli import several
-from rlhfdsl.cli.common import ERROR, OK, fail, show_user_error
+from rlhfdsl.cli.common import ERROR, OK, fail, needs_file, show_user_error
 from rlhfdsl.cli.planned import Planned, add_lock_options, add_plan_options, compiled_with, go_offline, make_plan
 from rlhfdsl.language import UserError, as_json
 from rlhfdsl.language.files import write_whole
@@ -19,7 +19,7 @@ HELP = "what a run would do: stages, updates, memory, data and files"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", metavar="FILE", help="a recipe")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="a recipe; - is stdin")
     parser.add_argument(
         "--measured", type=Path, metavar="RUN", help="what a run's plan predicted beside what it measured (runs/NAME)"
     )
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         return _measured(args.measured)
     if args.file is None:
         fail("name a recipe to plan")
+    if args.output is not None:
+        needs_file(args.file, "saved with its plan")
     go_offline(args)
     if args.gpus is not None and len(args.gpus) > 1:
         if args.output is not None or args.largest is not None:

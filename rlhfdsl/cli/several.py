@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
-from rlhfdsl.cli.common import ERROR, OK, fail
+from rlhfdsl.cli.common import ERROR, OK, fail, load_recipe
 from rlhfdsl.cli.planned import make_plan, positive
 from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.planning import hardware, scaling
@@ -22,17 +22,14 @@ def counts(text: str) -> list[int]:
 
 def over_gpus(args: argparse.Namespace, gpus: list[int]) -> int:
     """The scaling curve, with the facts that the lock has; 1 when no count can be planned."""
+    load_recipe(args.file, args)  # what is wrong with it is told once, in its place
     points = [_point(args, str(count), gpus=count) for count in dict.fromkeys(gpus)]
     return _said(args, points, scaling.curve)
 
 
 def over_models(args: argparse.Namespace) -> int:
     """The models of a family in place of the actor, small to large; 1 when none fits."""
-    compiled = make_plan(args, use_lock=False)
-    recipe = compiled.compilation.recipe
-    if recipe is None:
-        compiled.show()
-        return ERROR
+    recipe = load_recipe(args.file, args)
     address = scaling.actor_of(recipe)
     written = recipe.blocks[address]["from"]
     if written is None:

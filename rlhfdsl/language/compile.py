@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rlhfdsl.language.parser import parse
 from rlhfdsl.language.recipe import Block, Recipe
 from rlhfdsl.language.rules import RULES, WHOLE
 from rlhfdsl.language.settings import apply_profile, apply_sets, give_params
-from rlhfdsl.language.source import SourceFile, read
+from rlhfdsl.language.source import Overlay, SourceFile, read
 from rlhfdsl.language.syntax import Document, Let, Param
 
 
@@ -43,7 +43,7 @@ def load(
     sets: Sequence[str] = (),
     params: Mapping[str, str] | None = None,
     profile: str | None = None,
-    overlay: Callable[[Path], str | None] | None = None,
+    overlay: Overlay | None = None,
 ) -> Compilation:
     """Read, parse, evaluate, check and link a recipe; a writer's mistake is a diagnostic, never an exception.
 

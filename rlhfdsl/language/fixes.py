@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhfdsl.language.compile import Compilation, load
 from rlhfdsl.language.diagnostics import Diagnostic, Edit
-from rlhfdsl.language.includes import Overlay
+from rlhfdsl.language.source import Overlay
 
 _ROUNDS = 10
 

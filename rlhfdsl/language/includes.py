@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from rlhfdsl.language import layers, namespaces
 from rlhfdsl.language.diagnostics import Diagnostic, Label, Span
 from rlhfdsl.language.parser import parse
-from rlhfdsl.language.source import SourceFile, read
+from rlhfdsl.language.source import Overlay, SourceFile, read
 from rlhfdsl.language.syntax import Document, Include, address_of
 
 FILE_LIMIT = 64
@@ -18,8 +17,6 @@ DEPTH_LIMIT = 16
 # What an import offers; its recipe, cluster, stages and profiles are its own.
 _OFFERED = ("model", "data", "blend", "parallel", "scorer")
 _PROJECT = (".git", ".hg", "pyproject.toml")
-
-Overlay = Callable[[Path], str | None]
 
 
 def project_of(path: Path) -> Path:

@@ -20,6 +20,10 @@ _HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u
 _BRACKETS = re.compile(r'"(?:[^"\\\n]|\\.)*"|#[^\n]*|[\[({]|[\])}]')
 
 
+# The text of a file that is held elsewhere than on the disk, by an editor or from stdin; None for others.
+Overlay = Callable[[Path], "str | bytes | None"]
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """A text with a name; lines and columns count from 1, in code points.
@@ -57,54 +61,53 @@ class SourceFile:
 
 
 def read(
-    path: Path, overlay: Callable[[Path], str | None] | None = None, folder: str = ""
+    path: Path, overlay: Overlay | None = None, folder: str = ""
 ) -> tuple[SourceFile | None, list[Diagnostic]]:
-    """The file's text without a BOM; on trouble None, or a text not to be parsed, with the reasons.
-
-    `overlay` gives the text of a file that an editor holds, and None for others.
-    """
+    """The file's text without a BOM; on trouble None, or a text not to be parsed, with the reasons."""
     name = path.as_posix()
     held = overlay(path) if overlay is not None else None
     if held is not None:
-        source = SourceFile(name, held.removeprefix("\ufeff"), folder)
-        return source, examine(source)
-
-    def refuse(code: str, message: str, help: str | None = None) -> tuple[None, list[Diagnostic]]:
-        return None, [Diagnostic(code, "error", message, help=help)]
-
+        return _decoded(held if isinstance(held, bytes) else held.encode(errors="surrogatepass"), name, folder)
     try:
         if not path.exists():
             near = sorted(p.name for p in path.parent.glob("*.rlhf"))[:5] if path.parent.is_dir() else []
             help = f"beside it: {', '.join(near)}" if near else START
-            return refuse("E0891", f"there is no file `{name}`", help)
+            return _refuse("E0891", f"there is no file `{name}`", help)
         if not path.is_file():
             what = "a folder" if path.is_dir() else "not a regular file"
-            return refuse(
-                "E0892", f"`{name}` is {what}, and a recipe is a file", "name the .rlhf file itself"
-            )
+            return _refuse("E0892", f"`{name}` is {what}, and a recipe is a file", "name the .rlhf file itself")
         with path.open("rb") as file:
             data = file.read(SIZE_LIMIT + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the name cannot be a path"
-        return refuse("E0891", f"`{name}` cannot be read: {reason}")
+        return _refuse("E0891", f"`{name}` cannot be read: {reason}")
+    return _decoded(data, name, folder)
+
+
+def _decoded(data: bytes, name: str, folder: str) -> tuple[SourceFile | None, list[Diagnostic]]:
+    """The text of a file's bytes."""
     other = stranger(data, name)
     if other is not None:
-        return refuse("E0895", f"`{name}` is no recipe: it looks like {other[0]}", other[1])
+        return _refuse("E0895", f"`{name}` is no recipe: it looks like {other[0]}", other[1])
     if len(data) > SIZE_LIMIT:
-        return refuse("E0901", f"`{name}` is larger than 1 MiB, the most that a recipe may have")
+        return _refuse("E0901", f"`{name}` is larger than 1 MiB, the most that a recipe may have")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        return refuse(
+        return _refuse(
             "E0893",
             f"`{name}` is not UTF-8: byte 0x{data[error.start]:02x} on line {line}",
             "save the file as UTF-8",
         )
     if not text.strip():
-        return refuse("E0894", f"`{name}` is empty", START)
+        return _refuse("E0894", f"`{name}` is empty", START)
     source = SourceFile(name, text, folder)
     return source, examine(source)
+
+
+def _refuse(code: str, message: str, help: str | None = None) -> tuple[None, list[Diagnostic]]:
+    return None, [Diagnostic(code, "error", message, help=help)]
 
 
 def examine(source: SourceFile) -> list[Diagnostic]:

@@ -50,9 +50,9 @@ def test_a_folder(ugly, tmp_path, capsys, monkeypatch):
 
 
 def test_stdin(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(UGLY))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(UGLY.encode())))
     assert main(["fmt", "-"]) == 0 and capsys.readouterr().out == FINE
-    monkeypatch.setattr("sys.stdin", io.StringIO(UGLY))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(UGLY.encode())))
     assert main(["fmt", "--check", "-"]) == 1 and capsys.readouterr().out == ""
 
 

@@ -36,3 +36,56 @@ def test_a_reader_that_is_gone():
     done = rlhf("schema", stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def from_stdin(folder, text, *arguments):
+    where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": os.getcwd()}}
+    return rlhf(*arguments, input=text, **where)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """A folder with what the quickstart reads, its recipe, and a mistake in it."""
+    folder = tmp_path_factory.mktemp("stdin")
+    assert rlhf("init", str(folder)).returncode == 0
+    text = (folder / "quickstart.rlhf").read_text()
+    (folder / "quickstart.rlhf").unlink()
+    return folder, text, text.replace("seed     = 7", "sede     = 7")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("check -", "fmt --check -", "explain - model.tiny"),
+        *("plan -", "plan - --gpus 1,2", "graph -", "lock -", "diff - -"),
+    ],
+)
+def test_a_recipe_from_stdin_lies_in_the_current_folder(quickstart, arguments):
+    folder, text, wrong = quickstart
+    done = from_stdin(folder, text, *arguments.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    if not arguments.startswith(("fmt", "explain")):  # which read what they can
+        done = from_stdin(folder, wrong, *arguments.split())
+        assert done.returncode == 1 and "--> <stdin>:5:3" in done.stdout + done.stderr
+
+
+def test_a_recipe_from_stdin_is_mended_to_stdout(quickstart):
+    folder, text, wrong = quickstart
+    for given in (wrong, text):
+        done = from_stdin(folder, given, "fix", "-")
+        assert (done.returncode, done.stdout) == (0, text)
+
+
+@pytest.mark.parametrize("arguments", [("run", "-"), ("bundle", "-"), ("plan", "-", "-o", "x.rhplan")])
+def test_what_is_kept_needs_a_file(quickstart, arguments):
+    folder, text, _ = quickstart
+    done = from_stdin(folder, text, *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("rlhf: a recipe from stdin cannot be ")
+    assert done.stderr.endswith(": write it to a file first\n")
+
+
+@pytest.mark.parametrize(("text", "code"), [("", "E0894"), ('{"a": 1}', "E0895")])
+@pytest.mark.parametrize("verb", ["check", "fmt", "fix", "plan"])
+def test_what_is_no_recipe_is_told_of_stdin_too(tmp_path, verb, text, code):
+    done = from_stdin(tmp_path, text, verb, "-")
+    assert done.returncode == 1 and f"error[{code}]: `<stdin>` is " in done.stdout + done.stderr
