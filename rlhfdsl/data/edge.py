@@ -57,7 +57,8 @@ class Store:
 
     sequences: int  # of each row: 2 for pairs
     name: str
-    rows: int = 0
+    read: int = 0
+    rows: int = 0  # those in the part
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROPPED, 0))
     ids: array[int] = field(default_factory=lambda: array("i"))
     loss: bytearray = field(default_factory=bytearray)
@@ -191,7 +192,8 @@ def load_edge(
         pools = {address: store.pool for address, store in stores.items()}
         picks = mix(pools, shares, blend["by"], blend["until"])
     if not picks:
-        raise _nothing(edge, stores, codes.NOTHING_LEFT, "the shares leave no whole row")
+        why = f"the shares leave no whole row in {_place(edge)}"
+        raise _nothing(edge, stores, codes.NOTHING_LEFT, why, edge["source"])
     rows = Rows(edge["read"], stores, picks, tokenizer, list(entries.values()), base)
     locked = (edge.get("facts") or {}).get("content")
     if locked is not None and rows.content != locked:
@@ -231,10 +233,9 @@ def _read(
             + ("; text is for loss = all" if entry["format"] == "text" else ""),
         )
     store = Store(2 if edge["read"] == "preference" else 1, sources.name_of(entry))
-    rows = parse(sources.open_source(address, entry, base), entry)
-    if split is not None:
-        rows = (row for row in rows if part_of(row.key, split) == edge["part"])
-    for chunk in _chunks(rows):
+    for read in _chunks(parse(sources.open_source(address, entry, base), entry)):
+        chunk = [row for row in read if split is None or part_of(row.key, split) == edge["part"]]
+        store.read += len(read)
         store.rows += len(chunk)
         for row, item in zip(chunk, _items(chunk, entry["format"], edge["read"], renderer), strict=True):
             if isinstance(item, str):
@@ -266,33 +267,37 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 def _check(edge: Mapping[str, Any], stores: Mapping[str, Store]) -> None:
     """Every source must have a row left: a share of nothing cannot be kept."""
-    for store in stores.values():
-        if not store.keys:
-            several = len(stores) > 1
-            code = codes.EMPTY_SHARE if several else codes.NOTHING_LEFT
-            why = f"`{store.name}` has a share and nothing to give" if several else "no row is left"
-            why = why if store.rows else f"no row of `{store.name}` falls in it"
-            raise _nothing(edge, {store.name: store}, code, why)
+    empty = {address: store for address, store in stores.items() if not store.keys}
+    if len(empty) == len(stores):
+        raise _nothing(edge, empty, codes.NOTHING_LEFT, f"no row is left in {_place(edge)}", next(iter(empty)))
+    for address, store in empty.items():
+        why = f"`{address}` has a share of {_place(edge)}, and nothing to give"
+        raise _nothing(edge, {address: store}, codes.EMPTY_SHARE, why, address)
 
 
-def _nothing(edge: Mapping[str, Any], stores: Mapping[str, Store], code: str, why: str) -> UserError:
-    rows = sum(store.rows for store in stores.values())
-    dropped = {reason: sum(store.dropped[reason] for store in stores.values()) for reason in DROPPED}
-    counts = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in dropped.items() if n)
-    part = f", part {edge['part']}" if edge["part"] else ""
-    worst = max(dropped, key=lambda reason: dropped[reason])
-    if not rows:
+def _place(edge: Mapping[str, Any]) -> str:
+    return f"{edge['source']}, part {edge['part']}" if edge["part"] else str(edge["source"])
+
+
+def _nothing(edge: Mapping[str, Any], stores: Mapping[str, Store], code: str, why: str, at: str) -> UserError:
+    """What `why` says, with the rows that each source had and why they were dropped."""
+    told = []
+    for address, store in stores.items():
+        count = f"{store.read} row" if store.read == 1 else f"{store.read} rows"
+        part = f", {store.rows or 'none'} of them in the part" if edge["part"] else ""
+        dropped = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in store.dropped.items() if n)
+        told.append(f"`{address}` has {count}{part}" + (f" (dropped: {dropped})" if dropped else ""))
+    worst = max(DROPPED, key=lambda reason: sum(store.dropped[reason] for store in stores.values()))
+    length = f"raise `length` from {edge['length']} tokens"
+    help = {
+        "too_long": length,
+        "no_answer": f"{length}, or give the rows an answer",
+        "tie": f"chosen and rejected must differ; where they do so after {edge['length']} tokens, raise `length`",
+        "empty": "look at the rows: prompts and answers must say something",
+    }[worst]
+    if not all(store.rows for store in stores.values()):
         help = "give the part a larger share, or the source more rows"
     elif edge["read"] == "prompt" and worst == "too_long":
         help = f"raise `rollout.prompt` from {edge['length']} tokens, or cut them: `overlong = cut`"
-    elif worst == "too_long" or (worst == "no_answer" and dropped[worst]):
-        help = f"raise `length` from {edge['length']} tokens"
-    else:
-        help = "look at the rows: prompts and answers must say something, and a pair's answers must differ"
-    return UserError(
-        code,
-        f"{edge['source']}{part}: {why}" + (f"; of {rows} rows, dropped: {counts or 'none'}" if rows else ""),
-        at=edge["source"],
-        place=", ".join(store.name for store in stores.values()),
-        help=help,
-    )
+    files = ", ".join(store.name for store in stores.values())
+    return UserError(code, f"{why}: {'; '.join(told)}", at=at, place=files, help=help)

@@ -158,10 +158,26 @@ def test_a_share_of_nothing_is_an_error(folder):
     for name in "abc":
         folder.data(f"data.{name}", f"{name}.jsonl", "prompt")
     folder.blend({"": {"data.a": 0.5, "data.c": 0.5}})
-    with pytest.raises(UserError, match=r"E0631.*`c.jsonl` has a share.*of 1 rows.*1 empty") as caught:
+    with pytest.raises(UserError, match=r"E0631.*data.c. has a share.* has 1 row \(dropped: 1 empty\)") as caught:
         folder.load("blend.b", "prompt")
-    assert (caught.value.at, caught.value.place) == ("blend.b", "c.jsonl")
+    assert (caught.value.at, caught.value.place) == ("data.c", "c.jsonl")
     folder.blend({"": {"data.a": 1.0}}, {"x": 0.999999, "y": 0.000001})
-    with pytest.raises(UserError, match=r"E0632.*part y: no row of `a.jsonl` falls in it") as caught:
+    with pytest.raises(UserError, match=r"E0632.*part y: `data.a` has 1 row, none of them in the part") as caught:
         folder.load("blend.b", "prompt", part="y")
     assert "larger share" in caught.value.help
+
+
+def test_every_source_of_which_nothing_is_left_is_named_with_its_counts(folder):
+    folder.write("a.jsonl", [{"prompt": "q" * 50}, {"prompt": "r" * 60}, {"prompt": ""}])
+    folder.write("b.jsonl", [{"prompt": " "}, {"prompt": "s" * 70}])
+    for name in "ab":
+        folder.data(f"data.{name}", f"{name}.jsonl", "prompt")
+    folder.blend({"": {"data.a": 0.5, "data.b": 0.5}})
+    with pytest.raises(UserError, match="E0632") as caught:
+        folder.load("blend.b", "prompt", length=30)
+    assert caught.value.message == (
+        "no row is left in blend.b: `data.a` has 3 rows (dropped: 1 empty, 2 too long); "
+        "`data.b` has 2 rows (dropped: 1 empty, 1 too long)"
+    )
+    assert (caught.value.at, caught.value.place) == ("data.a", "a.jsonl, b.jsonl")
+    assert caught.value.help == "raise `rollout.prompt` from 30 tokens, or cut them: `overlong = cut`"

@@ -91,7 +91,7 @@ def test_an_answer_is_cut_to_the_length(folder):
     assert facts_of(folder.load("data.own", "chat", length=28))["truncated"] == 0
     with pytest.raises(UserError, match=r"E0632.*1 no answer") as caught:
         folder.load("data.own", "chat", length=23)
-    assert caught.value.help == "raise `length` from 23 tokens"
+    assert caught.value.help == "raise `length` from 23 tokens, or give the rows an answer"
     with pytest.raises(UserError, match=r"E0632.*1 too long"):
         folder.load("data.own", "preference", length=26, overlong="drop")
 
