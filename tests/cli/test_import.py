@@ -9,7 +9,8 @@ import pytest
 from rlhfdsl.cli.main import main
 from rlhfdsl.language import Recipe, load
 from rlhfdsl.language.foreign import Unreadable, convert, read_command
-from rlhfdsl.language.foreign.tools import TOOLS
+from rlhfdsl.language.foreign.reading import STAGES
+from rlhfdsl.language.foreign.tools import TOOLS, aliases
 from rlhfdsl.language.settings import attributes_of
 
 DEEPSPEED_CHAT = """\
@@ -48,6 +49,24 @@ TRL = """\
 accelerate launch --num_processes 8 examples/scripts/ppo/ppo_tldr.py --dataset_name trl-lib/tldr \\
   --learning_rate 3e-6 --per_device_train_batch_size 16 --gradient_accumulation_steps 4 --total_episodes 1000000 \\
   --sft_model_path org/sft --reward_model_path org/rm --missing_eos_penalty 1.0 --kl_coef 0.03
+"""
+OPENRLHF_DPO = """\
+deepspeed --module openrlhf.cli.train_dpo --pretrain a/b --dataset c/pairs --chosen_key better \\
+  --rejected_key rejected --train_batch_size 256 --micro_train_batch_size 1 \\
+  --learning_rate 5e-7 --beta 0.2 --zero_stage 3 --save_hf_ckpt
+"""
+TRL_DPO = """\
+model_name_or_path: mistralai/Mistral-7B-v0.1
+torch_dtype: null
+dataset_name: trl-lib/ultrafeedback_binarized
+bf16: true
+beta: 0.01
+gradient_accumulation_steps: 2
+gradient_checkpointing_kwargs:
+  use_reentrant: False
+max_length: 1024
+max_prompt_length: 512
+per_device_train_batch_size: 8
 """
 LLAMA_FACTORY = """\
 model_name_or_path: Qwen/Qwen3-4B
@@ -149,6 +168,38 @@ def value(recipe: Recipe, address: str):
             {"context_parapllel_size": "did it mean `context_parallel_size`"},
         ),
         (
+            OPENRLHF_DPO,
+            {
+                "stage.dpo.lr": 5e-7, "stage.dpo.beta": 0.2, "stage.dpo.batch": 256, "stage.dpo.length": 512,
+                "parallel.shard.zero": 3, "data.pairs.format": "preference", "data.pairs.columns.chosen": "better",
+            },
+            {"length": "takes 512"},
+        ),
+        (
+            OPENRLHF_DPO.replace("train_dpo", "train_rm").replace("--beta 0.2", ""),
+            {"stage.reward.lr": 5e-7, "stage.reward.batch": 256},
+            {},
+        ),
+        (
+            TRL_DPO,
+            {
+                "stage.dpo.beta": 0.01, "stage.dpo.batch": 16, "stage.dpo.length": 1024, "stage.dpo.lr": 1e-6,
+                "model.base.dtype": "bf16",
+            },
+            {"max_prompt_length": "cut at `length`", "lr": "takes 1e-6"},
+        ),
+        (
+            "accelerate launch --config_file=a.yaml trl/scripts/dpo.py --dataset_name a/b --model_name_or_path c/d",
+            {"stage.dpo.batch": 8},
+            {},
+        ),
+        (
+            "ray job submit --address=http://a -- python3 -m openrlhf.cli.train_ppo_ray --pretrain a/b "
+            "--reward_pretrain c/d --prompt_data e/f --input_key messages --train_batch_size 128",
+            {"data.f.columns.prompt": "messages", "stage.ppo.update.minibatch": 128},
+            {},
+        ),
+        (
             AXOLOTL + "adapter: qlora\nlora_r: 32\nlora_dropout: 0.05\nlora_target_modules:\n  - q_proj\n  - v_proj\n",
             {
                 "stage.sft.lora.rank": 32, "stage.sft.lora.alpha": 8.0, "stage.sft.lora.dropout": 0.05,
@@ -173,7 +224,8 @@ def value(recipe: Recipe, address: str):
             {},
         ),
     ],
-    ids=["DeepSpeed-Chat", "OpenRLHF", "TRL", "LLaMA-Factory", "axolotl", "axolotl-lora", "TRL-lora", "OpenRLHF-lora"],
+    ids=["DeepSpeed-Chat", "OpenRLHF", "TRL", "LLaMA-Factory", "axolotl", "OpenRLHF-dpo", "OpenRLHF-rm", "TRL-dpo",
+         "TRL-launched", "OpenRLHF-ray", "axolotl-lora", "TRL-lora", "OpenRLHF-lora"],
 )  # fmt: skip
 def test_what_a_command_becomes(tmp_path, text, values, notes):
     recipe, found = imported(tmp_path, text)
@@ -183,24 +235,31 @@ def test_what_a_command_becomes(tmp_path, text, values, notes):
 
 def test_every_setting_is_written_or_noted(tmp_path):
     """A setting that is neither in the recipe nor in a note is one that was dropped in silence."""
-    for text in (DEEPSPEED_CHAT, OPENRLHF, TRL, LLAMA_FACTORY, AXOLOTL):
+    for text in (DEEPSPEED_CHAT, OPENRLHF, OPENRLHF_DPO, TRL, TRL_DPO, LLAMA_FACTORY, AXOLOTL):
         command = read_command(text)
         tool = TOOLS[command.tool]
         noted = {name for _, name, _ in convert(command).notes}
         for given in command.settings:
             silent = tool.without.get(given.name, "x") == "" or given.values[:1] == ("false",)
-            assert given.name in noted or given.name in tool.names or silent, given.name
+            taken = given.name in tool.names or given.name in aliases(command.tool, command.stage)
+            assert given.name in noted or taken or silent, given.name
 
 
 def test_targets_are_settings_of_the_table():
-    paths = {path for kind in ("sft", "reward", "ppo") for path in attributes_of(f"stage.{kind}")}
+    paths = {path for kind in STAGES for path in attributes_of(f"stage.{kind}")}
     for tool in TOOLS.values():
         assert {target for target in tool.names.values() if target and not target.startswith("@")} <= paths
 
 
 def test_what_cannot_be_imported():
-    with pytest.raises(Unreadable, match="dpo run of OpenRLHF"):
-        read_command("python -m openrlhf.cli.train_dpo --pretrain a/b --dataset c/d")
+    with pytest.raises(Unreadable, match="OpenRLHF with kto; what is imported is `sft`, `reward`, `dpo`, `ppo`$"):
+        read_command("python -m openrlhf.cli.train_kto --pretrain a/b --dataset c/d")
+    with pytest.raises(Unreadable, match=r"with grpo.*`rlhf explain stage.grpo`"):
+        read_command(OPENRLHF.rstrip() + " --algo.advantage.estimator group_norm")
+    with pytest.raises(Unreadable, match="TRL with grpo"):
+        read_command("model_name_or_path: a/b\ndataset_name: c/d\nbeta: 0.1\nnum_generations: 8\n")
+    with pytest.raises(Unreadable, match="LLaMA-Factory with orpo"):
+        read_command(LLAMA_FACTORY.replace("stage: rm", "stage: dpo\npref_loss: orpo"))
     with pytest.raises(Unreadable, match="name the tool"):
         read_command("ls --all --color")
     with pytest.raises(Unreadable, match="no command"):

@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhfdsl.language.foreign.tools import TOOLS
+from rlhfdsl.language.suggest import listed
 
 _ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|[^\s;&|]*)\s*$")
+STAGES = ("sft", "reward", "dpo", "ppo")
+# Settings that only one of TRL's trainers has, the more particular first.
+_TRL = {
+    "grpo": {"num_generations", "reward_funcs", "max_completion_length"},
+    "rloo": {"rloo_k"},
+    "kto": {"desirable_weight", "undesirable_weight"},
+    "reward": {"center_rewards_coefficient"},
+    "dpo": {"beta", "max_prompt_length", "precompute_ref_log_probs", "label_smoothing"},
+}
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::?-([^}]*))?\}|\$([A-Za-z_]\w*)")
 
 
@@ -24,7 +34,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What another tool was to do: tool, kind of stage (sft, reward, ppo), settings in their order."""
+    """What another tool was to do: tool, kind of stage (one of STAGES), settings in their order."""
 
     tool: str
     stage: str
@@ -63,6 +73,8 @@ def _yaml(text: str) -> tuple[list[Given], str]:
         raise Unreadable("this YAML is no mapping of settings")
     settings = []
     for name, value in data.items():
+        if value in ("", "~", "null"):
+            continue  # as if it were not there
         match = re.search(rf"^{re.escape(str(name))}\s*:", text, re.MULTILINE)
         line = text.count("\n", 0, match.start()) + 1 if match is not None else 1
         settings.append(Given(str(name), tuple(_flat(value)), line))
@@ -116,9 +128,14 @@ def _words(line: str, number: int) -> tuple[list[Given], str]:
     for word in words:
         if word == "\x00":
             number += 1
+        elif word == "--":
+            settings = []  # what stands before was for the program that starts this one: `ray job submit … -- python …`
         elif word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             settings.append(Given(name, (value,) if equals else (), number))
+        elif word.endswith(".py") or (settings and settings[-1] == Given("module", (), number)):
+            program.append(word)  # behind the options of its launcher
+            settings = [given for given in settings if given.name != "module"]
         elif word in ("&>", ">", "|", "&", "2>&1", "&&", "||"):
             break
         elif settings:
@@ -139,16 +156,29 @@ def _tool(text: str, names: set[str]) -> str | None:
 
 
 def _stage(tool: str, program: str, settings: list[Given]) -> str:
+    """The kind of stage: as the program or a setting names it, else told by settings that only one kind has."""
     values = {given.name: given.values[0].lower() for given in settings if given.values}
     names = {given.name for given in settings}
-    text = f"{program} {values.get('stage', '')} {values.get('rl', '')} {values.get('type', '')}".lower()
-    if "ppo" in text or {"actor_model_name_or_path", "prompt_data", "reward_model_path"} & names:
-        return "ppo"
-    if re.search(r"\b(train_)?rm\b|reward", text) or "num_padding_at_beginning" in names or "reward_model" in names:
-        return "reward"
-    if values.get("stage") == "rm" or values.get("reward_model") == "true":
-        return "reward"
-    other = re.search(r"\b(dpo|kto|orpo|grpo|rloo|simpo|ipo|pt)\b", text.replace("_", " "))
-    if other is not None:
-        raise Unreadable(f"this is a {other.group(1)} run of {tool}, and stages are sft, reward and ppo")
-    return "sft"
+    estimator = values.get("advantage_estimator", values.get("algo.advantage.estimator", "gae"))
+    loss = values.get("pref_loss", values.get("loss_type", "sigmoid"))
+    own = (values.get(name, "") for name in ("stage", "rl", "type"))
+    text = re.sub("[_/.]", " ", f"{program} {' '.join(own)}".lower())
+    named = re.search(r"\b(dpo|kto|orpo|cpo|grpo|rloo|simpo|ipo|pt|ppo)\b", text)
+    if estimator != "gae":
+        kind = {"group_norm": "grpo", "dr_grpo": "grpo"}.get(estimator, estimator)
+    elif named is not None:
+        kind = named.group()
+    elif {"actor_model_name_or_path", "prompt_data", "reward_model_path"} & names:
+        kind = "ppo"
+    elif re.search(r"\brm\b|reward", text) or {"num_padding_at_beginning", "reward_model"} & names:
+        kind = "reward"
+    elif tool == "TRL":  # whose YAML does not say which of its scripts it is for
+        kind = next((kind for kind, marks in _TRL.items() if marks & names), "sft")
+    else:
+        kind = "sft"
+    if kind == "dpo" and (loss != "sigmoid" or "ipo" in names):
+        kind = "ipo" if "ipo" in names else loss
+    if kind not in STAGES:
+        by_hand = f"; `rlhf explain stage.{kind}` tells what one has here" if kind in ("grpo", "rloo") else ""
+        raise Unreadable(f"this is a run of {tool} with {kind}; what is imported is {listed(STAGES)}{by_hand}")
+    return kind

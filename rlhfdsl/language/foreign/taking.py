@@ -25,9 +25,10 @@ _DEFAULTS = {
     "DeepSpeed-Chat": {"lr": "1e-3", "actor.lr": "9.65e-6", "critic.lr": "5e-6", "length": "512", "kl.coef": "0.1",
                        "rollout.prompt": "256", "rollout.answer": "256", "@micro": "16"},
     "OpenRLHF": {"lr": "5e-6", "actor.lr": "1e-6", "critic.lr": "9e-6", "length": "2048", "kl.coef": "0.01",
-                 "rollout.prompt": "1024", "rollout.answer": "1024", "@batch": "128", "rollout.batch": "1024"},
+                 "rollout.prompt": "1024", "rollout.answer": "1024", "@batch": "128", "rollout.batch": "1024",
+                 "dpo: lr": "1e-5", "dpo: length": "512"},
     "TRL": {"lr": "2e-5", "actor.lr": "3e-6", "critic.lr": "3e-6", "length": "1024", "kl.coef": "0.05",
-            "rollout.prompt": "512", "rollout.answer": "53", "@micro": "8"},
+            "rollout.prompt": "512", "rollout.answer": "53", "@micro": "8", "dpo: lr": "1e-6"},
     "LLaMA-Factory": {"lr": "5e-5", "actor.lr": "5e-5", "critic.lr": "5e-5", "length": "2048", "kl.coef": "0.1",
                       "rollout.prompt": "1024", "rollout.answer": "512", "@micro": "8"},
     "axolotl": {"lr": "2e-4", "length": "512", "@micro": "1"},
@@ -53,7 +54,8 @@ class Draft:
     def assume(self, target: str) -> None:
         """The tool's own default for a setting that a recipe always says."""
         if target not in self.values:
-            self.values[target] = _DEFAULTS[self.command.tool][target]
+            defaults = _DEFAULTS[self.command.tool]
+            self.values[target] = defaults.get(f"{self.command.stage}: {target}", defaults[target])
             self.notes.append((0, target, f"not given; {self.command.tool} takes {self.values[target]}"))
 
 
@@ -186,6 +188,9 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
             draft.values[f"@{kind}"] = text
         case "lora" | "actor_lora" | "critic_lora":
             draft.lists[target] = tuple(part for value in given.values for part in value.split(","))
+        case "columns":
+            other = "messages" if draft.command.stage == "sft" else "prompt"
+            draft.values["@columns." + (other if last == "input" else last)] = text
         case "recipe" | "model" | "judge" | "ptx":
             draft.values[target] = text
         case "parallel" | "critic":

@@ -39,7 +39,6 @@ _PART = "evaluate on a part of a blend: split { sft = 98%, eval = 2% }"
 _CODE = "code of a model's repository is never run"
 _ONE = "a sequence stays on one GPU"
 _TEMPLATE = "the model's template is always applied"
-_COLUMNS = 'which column is which: columns { prompt = "…" }'
 _SAVE = "`every { checkpoint = 10m }` and `keep` say it; a stage saves its result at its end"
 
 _COMMON = {
@@ -56,7 +55,8 @@ _COMMON_WITHOUT = {
     "per_device_eval_batch_size": _DERIVED,
     "report_to": _HOOKS, "run_name": _HOOKS, "logging_dir": _HOOKS,
     "save_steps": _SAVE, "save_strategy": _SAVE, "save_total_limit": _SAVE, "save_only_model": _SAVE,
-    "eval_strategy": _INTERVAL, "evaluation_strategy": _INTERVAL,
+    "eval_strategy": _INTERVAL, "eval_steps": _INTERVAL, "do_train": "", "do_eval": _INTERVAL, "log_level": _HOOKS,
+    "attn_implementation": _FAST, "gradient_checkpointing_kwargs": _FAST, "evaluation_strategy": _INTERVAL,
     "push_to_hub": _HUB, "hub_model_id": _HUB,
     "ddp_timeout": _LAUNCH,
     "overwrite_output_dir": "a run never overwrites another", "overwrite_cache": _LOAD,
@@ -74,7 +74,7 @@ TOOLS: dict[str, Tool] = {
             "critic_model_name_or_path": "@judge.from", "data_path": "@data", "data_split": "@split",
             "sft_only_data_path": "@data", "zero_stage": "@parallel.zero", "actor_zero_stage": "@parallel.zero",
             "critic_zero_stage": "@critic.zero", "dtype": "@model.dtype", "offload": "@offload",
-            "offload_reference_model": "", "num_gpus": "@gpus", "num_nodes": "@nodes",
+            "num_gpus": "@gpus", "num_nodes": "@nodes",
             "actor_gradient_checkpointing": "@parallel.gradient_checkpointing",
             "critic_gradient_checkpointing": "@critic.gradient_checkpointing",
             "per_device_training_batch_size": "@micro", "per_device_mini_train_batch_size": "@micro",
@@ -94,6 +94,7 @@ TOOLS: dict[str, Tool] = {
         {
             **_COMMON_WITHOUT, "data_output_path": _LOAD, "local_rank": _LAUNCH,
             "enable_mixed_precision_lora": _FAST, "num_padding_at_beginning": "padding is told by lengths",
+            "offload_reference_model": "offload = idle in a `parallel` block that `ref` and `reward` name",
             "enable_hybrid_engine": _FAST, "inference_tp_size": _TENSOR, "tp_gather_partition_size": _ENGINE,
             "unpin_actor_parameters": _ENGINE, "release_inference_cache": _ENGINE, "print_loss": _HOOKS,
             "enable_tensorboard": _HOOKS, "tensorboard_path": _HOOKS, "print_answers": _HOOKS,
@@ -132,11 +133,11 @@ TOOLS: dict[str, Tool] = {
             "lora_rank": "@lora.rank", "lora_alpha": "@lora.alpha", "lora_dropout": "@lora.dropout",
             "target_modules": "@lora.targets", "ds.lora.rank": "@lora.rank", "ds.lora.alpha": "@lora.alpha",
             "ds.lora.dropout": "@lora.dropout", "ds.lora.target_modules": "@lora.targets",
+            **{f"{before}{role}_key": f"@columns.{role}" for before in ("", "data.") for role in
+               ("input", "prompt", "chosen", "rejected")},
         },
         {
-            **_COMMON_WITHOUT, "input_key": _COLUMNS,
-            "data.input_key": _COLUMNS, "chosen_key": _COLUMNS,
-            "rejected_key": _COLUMNS, "apply_chat_template": _TEMPLATE,
+            **_COMMON_WITHOUT, "apply_chat_template": _TEMPLATE,
             "data.apply_chat_template": _TEMPLATE, "flash_attn": _FAST,
             "packing_samples": _FAST, "ds.packing_samples": _FAST, "micro_rollout_batch_size": _DERIVED,
             "vllm_num_engines": _ENGINE, "vllm_tensor_parallel_size": _TENSOR, "colocate_all_models": _ENGINE,
@@ -149,7 +150,7 @@ TOOLS: dict[str, Tool] = {
             "reward_num_gpus_per_node": _ENGINE, "critic_num_nodes": _ENGINE, "critic_num_gpus_per_node": _ENGINE,
             "ref.num_gpus_per_node": _ENGINE, "reward.num_gpus_per_node": _ENGINE, "critic.num_gpus_per_node": _ENGINE,
             "use_wandb": _HOOKS, "use_tensorboard": _HOOKS, "ckpt_path": _SAVE, "load_checkpoint": _SAVE,
-            "eval_steps": _INTERVAL, "working-dir": "", "address": "", "runtime-env-json": "",
+            "save_hf_ckpt": _SAVE, "advantage_estimator": "", "algo.advantage.estimator": "",
         },
     ),
     "axolotl": Tool(
@@ -180,7 +181,7 @@ TOOLS: dict[str, Tool] = {
             "tensor_parallel_size": "a layer stays on one GPU", "chat_template": "the model's template",
             "rl": "", "plugins": "", "group_by_length": _DERIVED, "early_stopping_patience": "",
             "local_rank": _LAUNCH, "is_falcon_derived_model": _DERIVED, "debug": "",
-            "shuffle_merged_datasets": "a blend is shuffled", "eval_steps": _INTERVAL,
+            "shuffle_merged_datasets": "a blend is shuffled",
             "auto_resume_from_checkpoints": "`rlhf run` goes on by itself", "reward_model": "",
         },
     ),
@@ -197,10 +198,9 @@ TOOLS: dict[str, Tool] = {
             "lora_target": "@lora.targets",
         },
         {
-            **_COMMON_WITHOUT, "stage": "", "do_train": "", "additional_target": _LORA, "quantization_bit": _WHOLE,
+            **_COMMON_WITHOUT, "stage": "", "pref_loss": "", "additional_target": _LORA, "quantization_bit": _WHOLE,
             "template": "the model's own chat template is applied", "plot_loss": _HOOKS, "val_size":
-            _PART, "eval_steps": _INTERVAL,
-            "dataset_dir": "`from` of a data block", "flash_attn": _FAST, "ppo_buffer_size": _DERIVED,
+            _PART, "dataset_dir": "`from` of a data block", "flash_attn": _FAST, "ppo_buffer_size": _DERIVED,
             "ppo_score_norm": "normalize = on in the stage's reward", "ppo_whiten_rewards": "rewards are not whitened",
             "top_k": _SAMPLED, "top_p": _SAMPLED,
             "trust_remote_code": _CODE, "reward_model_type": "a reward model is whole",
@@ -230,7 +230,8 @@ TOOLS: dict[str, Tool] = {
             "local_rollout_forward_batch_size": _DERIVED, "stop_token": "the model's own end tokens", "config_file": "",
             "whiten_rewards": "rewards are not whitened", "remove_unused_columns": _DERIVED,
             "trust_remote_code": _CODE, "num_labels": "a reward model has one number",
-            "eval_steps": _INTERVAL, "center_rewards_coefficient": "normalize shifts the reward",
+            "use_flash_attention_2": _FAST, "loss_type": "", "max_prompt_length": "pairs are cut at `length`",
+            "center_rewards_coefficient": "normalize shifts the reward",
         },
     ),
 }  # fmt: skip

@@ -112,13 +112,16 @@ def _models(draft: Draft) -> list[str]:
 def _data(draft: Draft) -> list[str]:
     values, command = draft.values, draft.command
     chat = command.tool == "DeepSpeed-Chat"
-    form = "preference" if chat or command.stage == "reward" else "prompt" if command.stage == "ppo" else "chat"
+    forms = {"reward": "preference", "dpo": "preference", "ppo": "prompt", "sft": "chat"}
+    form = "preference" if chat else forms[command.stage]
     paths = draft.lists.get("@data", ())
     if not paths:
         draft.notes.append((0, "data", "not given; ./data/rows.jsonl stands for it"))
         paths = ("./data/rows.jsonl",)
     if not chat:
         draft.notes.append((0, "format", f"rows are taken to be {form}: say so if they are another"))
+    named = {key.removeprefix("@columns."): text for key, text in values.items() if key.startswith("@columns.")}
+    columns = {role: _quoted(text) for role, text in named.items() if text != role}
     names: list[str] = []
     blocks = []
     for path in paths:
@@ -129,7 +132,8 @@ def _data(draft: Draft) -> list[str]:
             draft.notes.append((0, path, "a name in dataset_info.json: `from` is where that file says it is"))
         own = {"from": _source(path), "format": form, "rows": _count(values.get("@rows"))}
         own |= {"subset": _quoted(values.get("@subset")), "split": _quoted(values.get("@data.split"))}
-        blocks.append(_block(f"data {names[-1]}", own))
+        whole = _block(f"data {names[-1]}", own).rstrip()
+        blocks.append(whole[:-1] + f"\n{_block('columns', columns)}}}\n" if columns else whole)
     parts = dict(zip(("sft", "reward", "ppo"), map(_number, draft.lists.get("@split", ())), strict=False))
     if len(names) > 1 or parts:
         shares = _shares({name: 1.0 for name in names})
