@@ -1,7 +1,8 @@
 """Settings over settings: a copy over its source, an override over the base, a profile and --set over the file.
 
 The stronger attribute takes the place of the weaker one and keeps it as `earlier`. Inner blocks are merged by
-their names; lists and blocks of shares are replaced whole. An attribute that excludes another displaces it.
+their names; lists and blocks of shares are replaced whole. An attribute that excludes another displaces it, and with it
+what has an effect only beside that one.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ def merge(old: Members, new: Members, type_: str, whole: bool = True) -> Members
     """`new` over `old` in a block of a type; `whole` replaces a block of shares, else it is merged too."""
     definition = schema.definition(type_) if type_ in schema.types() else None
     written = {key_of(member) for member in new}
-    groups = definition.exclusive if definition is not None else ()
-    displaced = {name for group in groups if written & set(group) for name in group} - written
+    displaced: set[str] = set()
+    if definition is not None:
+        displaced = {name for group in definition.exclusive if written & set(group) for name in group} - written
+        beside = {name for name, needs in definition.needs.items() if displaced & set(needs)}
+        displaced |= beside - set(definition.one_of) - written
     kept = [member for member in old if key_of(member) not in displaced]
     places = {key_of(member): index for index, member in enumerate(kept)}
     for member in new:

@@ -18,11 +18,10 @@ _SPEED = re.compile(
     r"engines\.\w+\.(zero|offload|gradient_checkpointing|micro|accumulation)$|(memory|time)\b|"
     r"batch\.(world|per_rank|micro|accumulation|generate_per_rank)$|batch\.ptx\.(per_rank|micro)$"
 )
-_PLACE = re.compile(r"(output|artifacts|writes)\b")
 # Derived from what is shown, or the same thing in other words.
 _HIDDEN = re.compile(
     r"(batch\.why|memory\.(engines|available|usable|host|cache)|edges\.\w+\.(key|model|facts\.(sample|files|sources)))\b|"
-    r"memory\.phases\.\w+\.(resident|working|engine)$|engines\.\w+\.(deepspeed|weights\.\w+)\b|settings\.ptx$"
+    r"memory\.phases\.\w+\.(resident|working|engine)$|engines\.\w+\.(deepspeed|weights\.\w+)\b|settings\.ptx$|artifacts\b|writes$"
 )
 
 
@@ -38,7 +37,7 @@ class Difference:
     def means(self) -> str:
         if _SPEED.match(self.path):
             return "speed"
-        return "place" if _PLACE.match(self.path) else "result"
+        return "place" if self.path == "output" else "result"
 
 
 @dataclass(slots=True)

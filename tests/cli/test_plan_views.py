@@ -88,6 +88,7 @@ def test_diff_of_what_is_the_same(capsys, recipe, tmp_path):
     renamed.write_text(RECIPE.replace('recipe "r"', 'recipe "other"'))
     _, out, _ = rlhf(capsys, "diff", recipe, renamed)
     assert out.count("the same, under another name or folder") == 3
+    assert "artifacts" not in out and "writes" not in out  # they follow from the folder
 
 
 def test_diff_of_inputs_and_stages(capsys, recipe, tmp_path):

@@ -43,6 +43,19 @@ def test_the_values_of_every_layer():
     assert value(recipe, "parallel.deep.zero") == 3
 
 
+def test_what_excludes_another_takes_away_what_stands_only_beside_it(tmp_path):
+    base = (CORPUS / "ok" / "smallest.rlhf").read_text(encoding="utf-8")
+    (tmp_path / "base.rlhf").write_text(base, encoding="utf-8")
+    (tmp_path / "own.rlhf").write_text(
+        'recipe "own" { }\nextends "base.rlhf"\noverride model.tiny { from = "a/b" }\n', encoding="utf-8"
+    )
+    for recipe in (ok(tmp_path / "own.rlhf"), ok(tmp_path / "base.rlhf", sets=["model.tiny.from=a/b"])):
+        assert value(recipe, "model.tiny.from") == Source("hub", "a/b")
+        assert value(recipe, "model.tiny.arch") is value(recipe, "model.tiny.layers") is None
+    kept = load(tmp_path / "base.rlhf", sets=["model.tiny.from=a/b", "model.tiny.layers=2"])
+    assert [problem.code for problem in kept.diagnostics] == ["E0311"]
+
+
 def test_imported_names_have_the_import_in_front():
     recipe = ok()
     assert value(recipe, "stage.sft.model") == Reference("model.m.small")
