@@ -6,9 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlhfdsl import __version__
 from rlhfdsl.cli.common import ERROR, OK, add_recipe_options, compile_recipe, use_colour
+from rlhfdsl.cli.packages import absent
 from rlhfdsl.language import Diagnostic, Recipe, as_github, as_json, as_sarif, render
 from rlhfdsl.language.source import SourceFile
 
@@ -35,6 +37,10 @@ def run(args: argparse.Namespace) -> int:
     sources: dict[str, SourceFile] = {}
     for path in args.files:
         compilation = compile_recipe(path, args)
+        if compilation.recipe is not None:
+            lacking = tuple(absent(compilation.recipe))
+            whole = None if lacking else compilation.recipe
+            compilation = replace(compilation, recipe=whole, diagnostics=(*compilation.diagnostics, *lacking))
         if any(d.severity == "error" or args.strict for d in compilation.diagnostics):
             code = ERROR
         if args.format != "text":

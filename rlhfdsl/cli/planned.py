@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.cli.common import ERROR, add_recipe_options, compile_recipe, fail, say, show
+from rlhfdsl.cli.packages import absent
 from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
 from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock, scorers
 
@@ -134,6 +135,9 @@ def make_plan(
         return Planned(compilation, None, (*compilation.diagnostics, target))
     known = checkpoints.of_recipe(recipe, recipe.path.parent)
     bare, found = compile(recipe, lock.empty(), target, known=known, fit=fit)
+    lacking = tuple(absent(recipe))
+    if lacking:
+        return Planned(compilation, None, (*compilation.diagnostics, *found, *lacking), target)
     out = Planned(compilation, bare, (*compilation.diagnostics, *found), target)
     if bare is None or not use_lock:
         return out

@@ -31,7 +31,7 @@ _SHAPES = {
     "1.3b": "facebook/opt-1.3b", "1.5b": "Qwen/Qwen2.5-1.5B", "2.7b": "facebook/opt-2.7b",
     "3b": "meta-llama/Llama-3.2-3B", "6.7b": "facebook/opt-6.7b", "7b": "Qwen/Qwen2.5-7B",
     "30b": "facebook/opt-30b", "350m": "facebook/opt-350m",
-    "8b": "meta-llama/Llama-3.1-8B", "13b": "facebook/opt-13b",
+    "8b": "meta-llama/Llama-3.1-8B", "13b": "facebook/opt-13b", "66b": "facebook/opt-66b",
 }  # fmt: skip
 
 
@@ -45,6 +45,7 @@ class Case:
     zero: int = 1
     checkpointing: bool = False
     lora: int = 0
+    base: str = "full"  # of the adapters
     offload: str = "off"
     batch: int = 32
     micro: int = 8
@@ -58,6 +59,7 @@ class Case:
         words += [f"offload-{self.offload}"] if self.offload != "off" else []
         words += ["ckpt"] if self.checkpointing else []
         words += [f"lora{self.lora}"] if self.lora else []
+        words += [self.base] if self.base != "full" else []
         return "-".join(words)
 
 
@@ -97,11 +99,15 @@ PPO = (
     replace(_PPO, model="1b", other="1b", batch=128, micro=8),
     replace(_PPO, model="13b", other="350m", lora=16, checkpointing=True, batch=32, micro=4),
     replace(_PPO, model="30b", other="350m", lora=16, checkpointing=True, batch=8, micro=2),
+    replace(_PPO, model="1.3b", other="350m", lora=16, base="nf4", batch=16, micro=8),
+    replace(_PPO, model="13b", other="350m", lora=16, base="nf4", checkpointing=True, micro=4),
+    replace(_PPO, model="66b", other="350m", lora=16, base="nf4", checkpointing=True, batch=8, micro=8),
 )
 TINY = (
     Case("sft", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
     Case("reward", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
     Case("ppo", "tiny", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
+    Case("ppo", "tiny", "tiny", zero=0, lora=4, base="nf4", batch=4, micro=2, length=64, dtype="fp32"),
 )
 
 
@@ -199,7 +205,7 @@ def recipe(case: Case) -> str:
     parallel += f", gradient_checkpointing = {'on' if case.checkpointing else 'off'}, offload = {case.offload}"
     if case.dtype == "fp32":
         parallel = f"micro = {case.micro}"
-    lora = f", lora {{ rank = {case.lora} }}" if case.lora else ""
+    lora = f", lora {{ rank = {case.lora}, base = {case.base} }}" if case.lora else ""
     engine = f"lr = 1e-6, parallel = parallel.p{lora}"
     out = f'recipe "truth" {{ output = "truth" }}\nparallel p {{ {parallel} }}\n'
     out += f'data rows {{ from = "./rows.jsonl", format = {_FORMATS[case.stage]} }}\n'
@@ -227,7 +233,7 @@ _FORMATS = {"sft": "text", "reward": "preference", "ppo": "prompt"}
 def _model(name: str, case: Case, shape: str, more: str = "") -> str:
     """A model block with the numbers of a model of the catalog, and the byte tokenizer."""
     if shape == "tiny":
-        numbers: Json = {"type": "llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 4, "intermediate": 64}
+        numbers: Json = {"type": "llama", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 4, "intermediate": 128}
         numbers |= {"vocab": 512, "context": 512, "tied": True}
     else:
         found = catalog.lookup(_SHAPES[shape])

@@ -35,6 +35,8 @@ TEMPLATE = "E0840"  # the chat template refuses a conversation
 NOT_A_CONTINUATION = "E0841"  # the template rewrites the prompt when the answer is added
 
 # Models and tokenizers
+NO_BITSANDBYTES = "E0823"  # a base in 4 bits, without the package that holds it
+NOT_IN_4_BITS = "E0824"  # a model whose layers are not linear layers of matrices
 MODEL_MISSING = "E0850"
 NOT_A_MODEL = "E0851"
 UNSAFE_PICKLE = "E0852"  # weights in .bin form that hold more than tensors, or are damaged

@@ -8,14 +8,20 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.engine import Engine
+from rlhfdsl.models import quantized
 from rlhfdsl.models.loading import gathered
-from rlhfdsl.models.lora import adapter_config, adapter_weights, lora_layers, merged
+from rlhfdsl.models.lora import Pending, adapter_config, adapter_weights, lora_layers, merged, merged_from_4_bits
 from rlhfdsl.models.scalar import ScalarModel
+from rlhfdsl.models.weights import INDEXES
+
+PART = 4 << 30  # bytes of one file of weights that were in 4 bits
 
 
 def save_model(
@@ -38,16 +44,19 @@ def save_model(
     model: PreTrainedModel = engine.module.classifier if scalar else engine.module
     weights = whole_weights(model) if engine.partitioned else None
     if distributed.rank() == 0:
+        in_4_bits = bool(quantized.layers(model))
         if lora_layers(model):
             whole = weights or model.state_dict()
             _save_adapter(model, whole, directory.with_name(directory.name + "-adapter"), scalar=scalar)
-            weights = merged(model, whole)
+            weights = {} if in_4_bits else merged(model, whole)
         partial = _emptied(directory)
         for name, value in (extra or {}).items():
             setattr(model.config, name, value)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(partial, state_dict=weights)
+        if in_4_bits:
+            _write_parts(model, merged_from_4_bits(model), partial)
         tokenizer.save_pretrained(partial)
         _finish_configs(partial, list(stop_ids), tokenizer.pad_token_id)
         _publish(partial, directory)
@@ -68,6 +77,23 @@ def _save_adapter(model: PreTrainedModel, whole: dict[str, torch.Tensor], direct
     config["target_modules"] = sorted(config["target_modules"])  # peft keeps a set, in another order at every start
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _publish(partial, directory)
+
+
+def _write_parts(model: PreTrainedModel, tensors: dict[str, Pending], directory: Path) -> None:
+    """Write weights as `save_pretrained` does, in files of `PART`, of which the host holds one at a time."""
+    split = split_torch_state_dict_into_shards(
+        {name: pending.empty for name, pending in tensors.items()},
+        filename_pattern="model{suffix}.safetensors", max_shard_size=PART,
+    )  # fmt: skip
+    places = {}
+    for file, names in split.filename_to_tensors.items():
+        made = {name: tensors[name].make().contiguous() for name in names}
+        made = revert_weight_conversion(model, made)  # to the names of the type's files
+        save_file(made, directory / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(made, file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": places}
+        (directory / INDEXES[0]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _emptied(directory: Path) -> Path:

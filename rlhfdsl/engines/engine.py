@@ -15,6 +15,7 @@ from rlhfdsl.engines.resting import Resting
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.inputs import forward_inputs, takes
+from rlhfdsl.models.loading import parameter_count
 from rlhfdsl.models.lora import adapters_off, adapters_on_half, lora_layers
 from rlhfdsl.models.scalar import at_last
 from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, LAYER_FORWARD
@@ -53,7 +54,7 @@ class Engine:
         if not spec["trains"]:
             self.deepspeed.eval()
         layers = self.module.config.get_text_config().num_hidden_layers
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        count = parameter_count(self.module)
         # tokens that take as long as what a pass costs beside its tokens
         self.pass_tokens: float = layers * LAUNCHED[self.device.type] / count
         self.resting = Resting(self.module) if spec["offload"] == "idle" else None

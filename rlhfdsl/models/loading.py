@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhfdsl.data import codes
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.models import quantized
 from rlhfdsl.models.exhausted import out_of_memory
 from rlhfdsl.models.lora import add_adapters
 from rlhfdsl.models.quiet import quiet
@@ -75,6 +76,10 @@ def load_model(
                     setattr(config, name, engine["dropout"])
             if scalar:
                 config.num_labels = 1
+            if in_4_bits(engine):
+                with torch.device("meta"):
+                    empty = automodel.from_config(config)
+                options["quantization_config"] = quantized.config(empty, options["dtype"], engine["base"])
             model, info = automodel.from_pretrained(source, config=config, output_loading_info=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if out_of_memory(error):
@@ -101,6 +106,8 @@ def load_model(
             help="the directory is incomplete or belongs to another architecture",
         )
     model.config.use_cache = False
+    if in_4_bits(engine):
+        quantized.settle(model, engine["base"])
     if engine["lora"] is not None:
         add_adapters(model, engine["lora"], seed=seed, scalar=scalar)
     if not scalar:
@@ -114,6 +121,11 @@ def load_model(
     if engine["gradient_checkpointing"]:
         wrapped.gradient_checkpointing_enable()
     return wrapped
+
+
+def in_4_bits(engine: dict) -> bool:
+    """Whether an engine's weights are frozen in 4 bits beside its adapters."""
+    return engine["lora"] is not None and engine["lora"].get("base") == quantized.KIND
 
 
 def _look_into(pickles: Sequence[str], source: str, revision: str | None, at: str) -> None:
@@ -197,5 +209,5 @@ def gathered(parameters: list[torch.Tensor]):
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Parameters of a module, partitioned by ZeRO 3 or not."""
-    return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.parameters())
+    """Parameters of a module, partitioned by ZeRO 3 or not, packed or not."""
+    return sum(math.prod(quantized.size(p)) for p in module.parameters())

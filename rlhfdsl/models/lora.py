@@ -9,9 +9,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from rlhfdsl.models import quantized
+
+# peft imports bitsandbytes too, and `quantized` does it first
+# isort: split
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -105,14 +112,52 @@ def merged(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[
     """
     plain = {_plain(name): tensor for name, tensor in weights.items() if ".lora_" not in name}
     for path, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        down, up = (weights[f"{path}.{part}.{NAME}.weight"].cpu().float() for part in ("lora_A", "lora_B"))
-        delta = layer.scaling[NAME] * (up @ down)
-        base = weights[f"{path}.base_layer.weight"]
-        transposed = getattr(layer, "fan_in_fan_out", False)
-        plain[f"{path}.weight"] = (base.cpu().float() + (delta.T if transposed else delta)).to(base.dtype)
+        if isinstance(layer, LoraLayer):
+            parts = [weights[f"{path}.{part}.{NAME}.weight"] for part in ("lora_A", "lora_B")]
+            transposed = getattr(layer, "fan_in_fan_out", False)
+            plain[f"{path}.weight"] = _sum(layer, weights[f"{path}.base_layer.weight"], *parts, transposed)
     return plain
+
+
+def _sum(
+    layer: LoraLayer, base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, transposed: bool
+) -> torch.Tensor:
+    delta = layer.scaling[NAME] * (up.cpu().float() @ down.cpu().float())
+    return (base.cpu().float() + (delta.T if transposed else delta)).to(base.dtype)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that is made when it is asked for. empty: what it will be, without data."""
+
+    empty: torch.Tensor
+    make: Callable[[], torch.Tensor]
+
+
+def merged_from_4_bits(model: PreTrainedModel) -> dict[str, Pending]:
+    """As `merged`, of a model whose layers are in 4 bits: what was trained is added to what they compute with.
+
+    Whole, its weights are four times those of the device, so each is made by itself. A tied weight comes once.
+    """
+    packed = quantized.layers(model)
+    found = {name: _pending(tensor.detach()) for name, tensor in model.named_parameters()}
+    lasting = model.state_dict().keys()
+    found |= {name: _pending(tensor) for name, tensor in model.named_buffers() if name in lasting}
+    for path, layer in packed.items():
+        found[f"{path}.weight"] = Pending(quantized.empty(layer), partial(_from_4_bits, model, path, layer))
+    return {_plain(name): pending for name, pending in found.items() if ".lora_" not in name}
+
+
+def _pending(tensor: torch.Tensor) -> Pending:
+    return Pending(torch.empty_like(tensor, device="meta"), tensor.cpu)
+
+
+def _from_4_bits(model: PreTrainedModel, path: str, layer: nn.Module) -> torch.Tensor:
+    base, owner = quantized.read_back(layer), model.get_submodule(path.removesuffix(".base_layer"))
+    if not isinstance(owner, LoraLayer):
+        return base.cpu()
+    parts = [part[NAME].weight.detach() for part in (owner.lora_A, owner.lora_B)]
+    return _sum(owner, base, *parts, quantized.transposed(layer))
 
 
 def adapter_weights(weights: Mapping[str, torch.Tensor], *, scalar: bool) -> dict[str, torch.Tensor]:

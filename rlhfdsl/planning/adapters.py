@@ -1,5 +1,6 @@
 """LoRA in numbers: which linear layers an adapter is beside, and how many parameters it has.
 
+A base in 4 bits has its linear layers as bitsandbytes packs them (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 An adapter of rank r beside a layer of n inputs and m outputs is two matrices, r x n and m x r (Hu et al. 2021,
 arXiv 2106.09685). The names and widths are those of transformers' modules, and a test builds them.
 """
@@ -96,6 +97,20 @@ def chosen(targets: str | Sequence[str], layers: Sequence[Linear]) -> tuple[Line
     return tuple(layer for layer in layers if any(matches(target, layer.path) for target in targets))
 
 
+BLOCK = 64  # weights of one scale of a base in 4 bits
+
+
+def in_4_bits(block: Block | None) -> bool:
+    """Whether the engine of a block has its frozen weights in 4 bits."""
+    return block is not None and "lora" in block.blocks and bool(block.blocks["lora"]["base"] == "nf4")
+
+
+def packed(shape: Shape | None) -> int | None:
+    """Weights that a base in 4 bits packs: all linear layers of all decoder layers, whichever carry an adapter."""
+    known = linears(shape)
+    return None if shape is None or known is None else shape.layers * sum(x.inputs * x.outputs for x in known)
+
+
 def lora(block: Block, shape: Shape | None) -> Lora:
     """The adapters of a `lora` block beside a model of the given shape.
 
@@ -113,6 +128,6 @@ def lora(block: Block, shape: Shape | None) -> Lora:
         names = ALL_LINEAR if isinstance(targets, str) else list(targets)
     entry = {
         "rank": block["rank"], "alpha": block["alpha"], "dropout": block["dropout"], "targets": names,
-        "lr": block["lr"],
+        "lr": block["lr"], **({} if block["base"] == "full" else {"base": block["base"]}),
     }  # fmt: skip
     return Lora(entry, layers, count)

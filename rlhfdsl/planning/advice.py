@@ -98,7 +98,8 @@ def _steps(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Ne
     free = [replace(need, micro=None) for need in needs]
     yield "micro = auto", free
     yield "gradient_checkpointing = on, micro = auto", [_with(need, None, None, True) for need in free]
-    stages = (2, 3) if target.world > 1 else ()
+    whole = any(need.packed for need in needs)  # a base in 4 bits, which stage 3 does not partition
+    stages = () if target.world == 1 else (2,) if whole else (2, 3)
     for zero in stages:
         yield f"zero = {zero}, micro = auto", [_with(need, zero, None, None) for need in free]
         yield (
@@ -117,12 +118,12 @@ def _steps(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Ne
             "offload = idle, gradient_checkpointing = on, micro = auto",
             [_with(need, None, "idle", True) for need in free],
         )
-    for zero, offload in ((2, "optimizer"), (3, "optimizer"), (3, "both")):
+    for zero, offload in ((2, "optimizer"), (3, "optimizer"), (3, "both"))[: 1 if whole else 3]:
         yield (
             f"zero = {zero}, offload = {offload}, gradient_checkpointing = on, micro = auto",
             [_with(need, zero, offload, True) for need in free],
         )
-    if target.host is not None:
+    if target.host is not None and not whole:
         yield (
             'zero = 3, offload = both, nvme = "FOLDER", gradient_checkpointing = on, micro = auto',
             [replace(_with(need, 3, "both", True), nvme="FOLDER") for need in free],
@@ -149,6 +150,8 @@ def _grid(needs: Sequence[Need], target: Target) -> Iterator[tuple[str, list[Nee
     if target.device == "cuda":
         layouts += [(zero, "idle") for zero in stages if zero < 3 and any(n.name == "actor" for n in needs)]
         layouts += [(2, "optimizer"), (3, "optimizer"), (3, "both")]
+    if any(need.packed for need in needs):
+        layouts = [(zero, offload) for zero, offload in layouts if zero < 3]
     for zero, offload in layouts:
         for checkpointing in (False, True):
             for shared in (False, True) if target.world > 1 and zero < 3 else (zero == 3 and target.world > 1,):

@@ -44,12 +44,15 @@ CODES = {
     "E0720": "a saved plan or a lock file cannot be used",
     "E0730": "LoRA targets name no layer of the model",
     "E0731": "a LoRA rank is as wide as a layer",
+    "E0732": "a base in 4 bits would be cut in shards",
+    "E0733": "the layers of a base in 4 bits do not split into blocks",
     "W0701": "a large share of the rows is in no batch",
     "W0702": "an interval is longer than the run",
     "W0703": "a warm-up rounds to no update",
     "W0705": "the reference is not what the actor starts from",
     "W0706": "many rows are cut or dropped",
     "W0707": "the weights of a model are pickled",
+    "W0709": "adapters that were merged are rounded to 4 bits",
 }
 
 
@@ -96,6 +99,15 @@ def engine(problems: Problems, where: Target, model: Model, part: Part) -> None:
         return
     block = problems.recipe.blocks[parallel.address]
     zero, offload = block["zero"], block["offload"] or "off"
+    third = "zero" if zero == 3 else "offload" if offload in ("params", "both") else "nvme"
+    if part.in_4_bits and part.shares is None and (third != "nvme" or block["nvme"] is not None):
+        needs = "" if third == "zero" else f", which `{third}` needs here,"
+        problems.report(
+            "E0732", f"ZeRO 3{needs} would cut the base in 4 bits of the {part.name}: its scales are no parameters",
+            f"{block.address}.{third}", also=[(f"{part.at}.lora.base", "the base in 4 bits")],
+            help="zero = 2 or less, and offload = optimizer or none, in a `parallel` block of its own",
+        )  # fmt: skip
+        return
     if where.device == "cpu" and offload != "off":
         problems.report(
             "E0711", "offload has no effect on a CPU", f"{block.address}.offload",

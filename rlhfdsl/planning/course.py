@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhfdsl.language.recipe import Block, Reference
 from rlhfdsl.planning import capabilities, shards
-from rlhfdsl.planning.adapters import Lora, linears, matches
+from rlhfdsl.planning.adapters import BLOCK, Lora, linears, matches
 from rlhfdsl.planning.batches import remainder
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.entries import Model
@@ -49,6 +49,44 @@ def adapters(problems: Problems, part: Part, model: Model, lora: Lora | None) ->
             f"{narrow.outputs} x {narrow.inputs}", f"{at}.rank",
             help=f"rank = {max(1, width // 4)} or less, or train the weights themselves: leave `lora` out",
         )  # fmt: skip
+
+
+def whole_blocks(problems: Problems, part: Part, model: Model) -> None:
+    """A base in 4 bits whose rows do not split into blocks of one scale."""
+    odd = [layer for layer in linears(model.shape) or () if layer.inputs % BLOCK]
+    if part.in_4_bits and part.shares is None and odd:
+        problems.report(
+            "E0733", f"the {odd[0].inputs} inputs of `{odd[0].path}` do not split into blocks of {BLOCK}",
+            f"{part.at}.lora.base", also=[(model.address, "this model")], help="base = full",
+        )  # fmt: skip
+
+
+def rounded_again(problems: Problems, part: Part) -> None:
+    """A base in 4 bits of weights in which an earlier stage has merged adapters."""
+    maker = problems.recipe.blocks[part.reference.address]
+    if not part.in_4_bits or part.shares is not None or maker.kind != "stage":
+        return
+    if "actor" in maker.blocks:
+        maker = maker.blocks["critic" if part.reference.facet == "critic" else "actor"]
+    if "lora" not in maker.blocks:
+        return
+    problems.report(
+        "W0709", f"what the adapters of `{maker.address}` learned is merged and rounded to 4 bits here",
+        f"{part.at}.lora.base", also=[(f"{maker.address}.lora", "these adapters")],
+        notes=["a change of a weight that is smaller than half a step of the 4 bits is lost with it"],
+        help="base = full starts from just what was left; or nothing, where an evaluation at the start finds it there",
+    )  # fmt: skip
+
+
+def whole_base(problems: Problems, at: str, tensor: int | None, in_4_bits: bool) -> int | None:
+    """As `tensor`, and 1 and a report where a base in 4 bits would be cut."""
+    if in_4_bits and tensor is not None and tensor > 1:
+        problems.report(
+            "E0732", f"tensor = {tensor} would cut a base in 4 bits, whose packed weights are read whole",
+            f"{at}.rollout.tensor", also=[(f"{at}.actor.lora.base", "the base in 4 bits")], help="leave `tensor` out",
+        )  # fmt: skip
+        return 1
+    return tensor
 
 
 def critic_warmup(problems: Problems, at: str, late: int, rollouts: int | None) -> None:

@@ -89,6 +89,7 @@ def _place(
     needs: Sequence[Need], rollout: Rollout | None, target: Target, train: int, infer: int, offload: str, word: str
 ) -> Fit:
     needs = [replace(n, offload=offload_of(n, offload)) if n.offload is None else n for n in needs]
+    needs = [replace(n, offload="optimizer") if n.packed and n.offload == "both" else n for n in needs]
     actor = next((n.zero for n in needs if n.name == "actor" and n.zero is not None), None)
     stages = {n.name: _stage(n, target, train, infer, actor, word) for n in needs}
     states = {n.name: _states(n, stages[n.name][0], target) for n in needs}
@@ -145,6 +146,8 @@ def _stage(need: Need, target: Target, train: int, infer: int, actor: int | None
         return 3, "derived: 3, which offload of the parameters needs"
     if need.nvme is not None and need.trains:
         return 3, "derived: 3, which offload to NVMe needs"
+    if need.packed:  # which stage 3 does not partition
+        train = min(train, 2)
     if need.offload == "idle":
         return 0, "derived: 0, whose weights rest on the host"
     if not need.trains:
@@ -168,7 +171,7 @@ def _states(need: Need, zero: int, target: Target) -> memory.States | None:
     largest, offload = largest_layer(need.shape), need.offload or "off"
     found = memory.states(
         need.count, largest, dtype=need.dtype, zero=zero, offload=offload, trains=need.trains, gpus=target.gpus,
-        nodes=target.nodes, trained=need.trained,
+        nodes=target.nodes, trained=need.trained, packed=need.packed,
     )  # fmt: skip
     if need.nvme is None or offload == "off":
         return found
@@ -188,6 +191,7 @@ def _working(
         checkpointing=checkpointing, head=need.head, eager=need.eager, device=device, lora=need.lora,
     )  # fmt: skip
     used += memory.gathered(states, dtype=need.dtype, zero=zero, live=need.live)
+    used += memory.read_back(need.shape, need.dtype) if need.packed else 0
     if train or states.rests:
         used += states.passing
     if train:

@@ -23,6 +23,7 @@ def at_once(
     if shape is None or states is None:
         return None
     live = memory.gathered(states, dtype=actor.dtype, zero=zero, live=actor.live)
+    read = memory.read_back(shape, actor.dtype) if actor.packed else 0
 
     def used(engine: str, rows: int, tensor: int, stays: bool) -> Sampling:
         graph, copy = engine == "graph", 0
@@ -32,7 +33,8 @@ def at_once(
         )  # fmt: skip
         if graph and (zero == 3 or tensor > 1):
             copy = memory.BYTES[actor.dtype] * shards.held(shape, states.parameters, tensor)
-        return Sampling(engine, rows, cache, whole + (copy if graph else live), cache + copy if stays else 0, tensor)
+        whole += read + (copy if graph else live)
+        return Sampling(engine, rows, cache, whole, cache + copy if stays else 0, tensor)
 
     def most(engine: str, tensor: int, stays: bool) -> Sampling | None:
         for rows in divisors(rollout.per_rank)[::-1]:

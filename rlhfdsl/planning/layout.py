@@ -26,6 +26,7 @@ class Part:
     sequences: int
     length: int
     shares: str | None = None  # the engine whose frozen base it is
+    in_4_bits: bool = False  # its base, or the one that it shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Need:
     trained: int | None = None  # of `count`, what trains; None: all of an engine that does
     lora: Lora | None = None  # its adapters
     shares: str | None = None  # the engine whose frozen base this one is, without weights of its own
+    packed: int = 0  # of `count`, weights that a base in 4 bits packs, its own or the one that it shares
     nvme: str | None = None  # folder on a drive of each node, where what is offloaded lives
 
     @property

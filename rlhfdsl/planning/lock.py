@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,12 +193,12 @@ def _public_versions() -> dict[str, str]:
     return {name: version.partition("+")[0] for name, version in packages().items()}
 
 
-def packages() -> dict[str, str]:
+def packages(names: Iterable[str] = PACKAGES) -> dict[str, str]:
     """The installed versions of the packages that rows, weights or metrics depend on; nothing is imported."""
     import importlib.metadata  # slow, and no plan needs it
 
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

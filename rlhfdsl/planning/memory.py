@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhfdsl.planning.adapters import Lora
+from rlhfdsl.planning.adapters import Lora, linears
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.deepspeed_config import LIVE, bucket_size
 from rlhfdsl.planning.families import FAMILIES, Family
@@ -21,6 +21,9 @@ CHUNK = 1 << 26  # bytes of fp32 logits at once on a CPU, as in training/losses.
 DRAW = 36  # for each logit: fp32 scores three times, three int64 of the hash behind the noise (rollout/sampling.py)
 COLUMNS, PREFILL = 64, 32_768  # of the graph rollout, as in engines/rollout/graph.py
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Bytes of a weight in 4 bits: a half, a scale of 8 bits for each block of 64, and one in fp32 for each 256 of those.
+PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)
+SCALES = 2 * 4 / 64  # for each weight that is read back: its scales in fp32, before and after their offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +62,12 @@ def usable(whole: int | None) -> int | None:
 
 def states(
     count: int, largest: int, *, dtype: str, zero: int, offload: str, trains: bool, gpus: int, nodes: int,
-    trained: int | None = None,
+    trained: int | None = None, packed: int = 0,
 ) -> States:  # fmt: skip
     """Model states of an engine with `count` parameters, whose largest module has `largest`.
 
     trained: of the parameters, those that train (adapters and a head); None means all. Frozen ones have a weight in
-    the engine's type, and neither gradient nor optimizer states.
+    the engine's type, and neither gradient nor optimizer states. packed: of those, the ones in 4 bits (not at ZeRO 3).
     gpus: devices of each node. Bytes for each parameter when 16-bit weights train: 2 weights, 2 gradients, 4
     fp32 gradients, 4 master weights, 8 Adam moments; in fp32 the weights are their own gradients' type (4 +
     4) and only ZeRO keeps a second copy as master weights. Stage 1 shards master weights and moments, stage 2
@@ -87,20 +90,21 @@ def states(
             return States(count, gathered, 0, 0, width * count // nodes)
         return States(count, gathered + width * count // world, 0, 0, 0)
     learns = count if trained is None else trained
+    held = width * count - int((width - PACKED) * packed)
     grads = 6 if half else 4
     if zero == 0:
-        return States(count, width * count, grads * learns, (12 if half else 8) * learns, 0)
+        return States(count, held, grads * learns, (12 if half else 8) * learns, 0)
     if zero < 3 and offload != "off":
         host = int(learns * max(4 * world, 16) * 1.5)
-        return States(count, width * count, width * learns if zero == 1 else 0, 0, host)
+        return States(count, held, width * learns if zero == 1 else 0, 0, host)
     if zero == 1 and dtype == "bf16":
         sums = 4 * learns
-        return States(count, width * count, sums + width * min(largest, learns), 12 * learns // world, 0, sums)
+        return States(count, held, sums + width * min(largest, learns), 12 * learns // world, 0, sums)
     if zero == 1:
-        return States(count, width * count, grads * learns, 12 * learns // world, 0)
+        return States(count, held, grads * learns, 12 * learns // world, 0)
     if zero == 2:
         gradients = grads * learns // world
-        return States(count, width * count, gradients, (grads + 12) * learns // world - gradients, 0)
+        return States(count, held, gradients, (grads + 12) * learns // world - gradients, 0)
     if offload == "both":
         return States(count, gathered, 0, 0, int((count * width + learns * 16) * (1 / nodes) * 1.5))
     shard = width * count // world
@@ -111,6 +115,14 @@ def states(
     if offload == "params":
         return States(count, gathered, gradients, optimizer, width * count // nodes, gradients)
     return States(count, gathered + shard, gradients, optimizer, 0, gradients)
+
+
+def read_back(s: Shape, dtype: str) -> int:
+    """Bytes of the largest matrix of a base in 4 bits while a product reads it: in the engine's type, and its scales.
+
+    The products of up to a few rows have a kernel of bitsandbytes' own that does without.
+    """
+    return int((BYTES[dtype] + SCALES) * max(layer.inputs * layer.outputs for layer in linears(s) or ()))
 
 
 def gathered(states: States, *, dtype: str, zero: int, live: int = LIVE) -> int:

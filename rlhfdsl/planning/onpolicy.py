@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from rlhfdsl.language.recipe import Block
 from rlhfdsl.planning import capabilities, checks, course, scorers, timing
+from rlhfdsl.planning.adapters import in_4_bits
 from rlhfdsl.planning.batches import largest_divisor, run_length
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.layout import Part, Rollout
@@ -28,6 +29,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     length = rollout["prompt"] + rollout["answer"]
     model = scope.model(actor["model"])
     shares = "actor" if "lora" in actor.blocks and reference == actor["model"] else None
+    packed = in_4_bits(actor)
 
     def prompts(name: str) -> Json | None:
         if block[name] is None:
@@ -39,8 +41,8 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
     if ptx is not None:
         edges["ptx"] = scope.edge(Wanted(ptx["data"], kind, "ptx", length, "cut", "all"), model)
     parts = [
-        Part("actor", "policy", f"{at}.actor", actor, actor["model"], "none", True, 0, 1, length),
-        Part("ref", "ref", f"{at}.ref", ref, reference, "none", False, 0, 1, length, shares),
+        Part("actor", "policy", f"{at}.actor", actor, actor["model"], "none", True, 0, 1, length, in_4_bits=packed),
+        Part("ref", "ref", f"{at}.ref", ref, reference, "none", False, 0, 1, length, shares, packed and bool(shares)),
     ]
     parts += [
         Part(source.entry["engine"], "reward", source.at, reward, source.model, "scalar", False, 0, 1, length)
@@ -48,7 +50,8 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
         if source.model is not None
     ]
     if critic is not None:
-        parts.insert(1, Part("critic", "critic", f"{at}.critic", critic, critic["model"], "scalar", True, 0, 1, length))
+        judge = Part("critic", "critic", f"{at}.critic", critic, critic["model"], "scalar", True, 0, 1, length)
+        parts.insert(1, replace(judge, in_4_bits=in_4_bits(critic)))
     words = f"prompt {rollout['prompt']} + answer {rollout['answer']} = {length} tokens"
     for part in parts:
         other = scope.model(part.reference)
@@ -83,6 +86,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
         updates=each, passes=update["epochs"], ptx=ptx_rank, length=length,
     )  # fmt: skip
     tensor = course.tensor(scope.problems, scope.target, at, rollout["tensor"], model.shape)
+    tensor = course.whole_base(scope.problems, at, tensor, packed)
     sampling = Rollout(
         per_rank, rollout["prompt"], length, wanted, rollout["engine"] == "auto", rollout["free_cache"], tensor
     )  # fmt: skip

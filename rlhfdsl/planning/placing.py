@@ -85,6 +85,8 @@ def place(scope: Scope, at: str, parts: Sequence[Part], rollout: Rollout | None,
     needs = []
     for part in parts:
         course.adapters(scope.problems, part, scope.model(part.reference), lora_of(scope, part))
+        course.whole_blocks(scope.problems, part, scope.model(part.reference))
+        course.rounded_again(scope.problems, part)
         parallel = parallel_of(scope.recipe, part)
         micro = None if parallel is None or parallel["micro"] == "auto" else parallel["micro"]
         if not scope.fit and micro is not None and parallel is not None and part.per_rank % micro:
@@ -144,6 +146,7 @@ def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None, s
         model.entry["attention"] == "eager", part.trains, part.per_rank, part.sequences, part.length, zero,
         offload, checkpointing, micro, ema, ours.get("reduce_bucket_size"),
         ours.get("stage3_max_live_parameters", deepspeed_config.LIVE), trained, lora, part.shares,
+        (adapters.packed(model.shape) or 0) if part.in_4_bits else 0,
         None if parallel is None or offload in ("off", "idle") else parallel["nvme"],
     )  # fmt: skip
 

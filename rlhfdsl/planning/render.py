@@ -252,7 +252,10 @@ def _weights(engine: Json) -> str:
 def _lora(engine: Json, trained: int | None) -> str:
     if engine["shares"]:
         return f"base of {engine['shares']}"
-    return "-" if engine["lora"] is None else f"rank {engine['lora']['rank']}: {figures.parameters(trained)}"
+    if engine["lora"] is None:
+        return "-"
+    base = " beside nf4" if "base" in engine["lora"] else ""
+    return f"rank {engine['lora']['rank']}{base}: {figures.parameters(trained)}"
 
 
 def _schedule(schedule: Json | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhfdsl.language.recipe import Block
 from rlhfdsl.planning import checks, course, timing
+from rlhfdsl.planning.adapters import in_4_bits
 from rlhfdsl.planning.batches import Misfit, run_length, share
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.layout import Part
@@ -42,7 +43,8 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
         return scope.edge(Wanted(block[name], kind, reader, length, "cut", loss), model)
 
     edges = {"train": reads("data"), "eval": reads("eval")}
-    parts = [Part(role, role, at, block, block["model"], head, True, 0, sequences, length)]
+    packed = in_4_bits(block)
+    parts = [Part(role, role, at, block, block["model"], head, True, 0, sequences, length, in_4_bits=packed)]
     if kind == "dpo":
         parts += _reference(scope, block, length)
     for part in parts:
@@ -112,7 +114,8 @@ def _reference(scope: Scope, block: Block, length: int) -> list[Part]:
     if block["precompute"] and reference == block["model"]:
         return []
     shares = "policy" if "lora" in block.blocks and reference == block["model"] else None
-    return [Part("ref", "ref", f"{at}.ref", ref, reference, "none", False, 0, 2, length, shares)]
+    packed = bool(shares) and in_4_bits(block)
+    return [Part("ref", "ref", f"{at}.ref", ref, reference, "none", False, 0, 2, length, shares, packed)]
 
 
 def split(scope: Scope, at: str, name: str, total: int, item: str) -> int | None:

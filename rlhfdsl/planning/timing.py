@@ -4,8 +4,9 @@ device and its host the slower; then the bytes that cross links, which are not h
 For each token a forward pass takes 2 FLOPs for each parameter of its matrices (the input embedding is a lookup) and
 4 x layers x width for each token that it attends to; a backward pass takes twice that, beside frozen weights (LoRA) as
 much; checkpointing one forward more. Norms, activations, adapters, losses and the optimizer are bound by their bytes
-(traffic.py). A decode step reads all weights and the live cache once. Batches are padded to their longest row, which is
-left out; an answer is taken to have its full length.
+(traffic.py). Weights in 4 bits are read back, matrix by matrix, in every pass and decode step. A decode step reads all
+weights and the live cache once. Batches are padded to their longest row, which is left out; an answer is taken to have
+its full length.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rlhfdsl.planning import memory, nvme, shards, traffic
+from rlhfdsl.planning.adapters import linears
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Placement, Sampling
@@ -23,6 +25,10 @@ from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, HOST_MEMORY, Rates
 # `engines/rollout/dense.py`, and of more (H100: OPT-1.3B at 16, and at 128).
 FEW, GRAPH_LAYER_OF_FEW, GRAPH_LAYER = 32, 0.026e-3, 0.042e-3
 ADAPTER = 0.25  # of the launches of a layer, for each adapter in it (H100: Llama-3.2-3B with 7 under peft)
+# Rows of a product up to which bitsandbytes 0.50.2 has a kernel that reads 4 bits as they lie; of what it says of
+# matrices of 4096 and more on most GPUs. With more rows each matrix is written in the engine's type first.
+READ_IN_PLACE = 16
+READ = 3 / traffic.LAYER_LAUNCHES  # of the launches of a layer, for each matrix in 4 bits: scales, their offset, itself
 # Forward passes of launches that torch's checkpointing of a layer costs the host beside the one that it repeats, by its
 # hooks at every tensor (H100: OPT-1.3B).
 CHECKPOINT = 1.3
@@ -140,6 +146,11 @@ class _Clock:
         return self.shape.layers * (1 + ADAPTER * len(lora.layers or ()) if lora is not None else 1)
 
     @property
+    def reading(self) -> float:
+        """As many layers as what reads weights in 4 bits back takes to launch."""
+        return self.shape.layers * READ * len(linears(self.shape) or ()) if self.placed.need.packed else 0.0
+
+    @property
     def launch(self) -> float:
         """Seconds in which the host launches one kernel."""
         return self.rates.forward / traffic.LAYER_LAUNCHES
@@ -193,6 +204,7 @@ class _Clock:
         products = forwards + (1 if need.lora else 2) * train  # frozen weights need no gradient, their inputs do
         compute = products * tokens * self.flops(length, said) / (self.rates.matmul * self.rates.train)
         moved = tokens * self.moved(length, said, forwards, train) + micros * self.summed(train)
+        moved += micros * (forwards + train) * self.read_back
         return _Passes(
             compute + moved / self.rates.copy, micros * self.host(forwards, train), micros * self.links(train)
         )
@@ -217,10 +229,16 @@ class _Clock:
     def host(self, forwards: int, train: bool) -> float:
         """Seconds in which the host launches a micro batch."""
         out = (forwards + BACKWARD_LAUNCHES * train) * self.layers * self.rates.forward
+        out += (forwards + train) * self.reading * self.rates.forward
         out += (forwards - 1) * CHECKPOINT * self.shape.layers * self.rates.forward
         if self.placed.zero == 3:
             out += (forwards + train) * traffic.tensors(self.shape, not self.causal) * HOOKS
         return out + self.launches[0] * self.trained_tensors * self.launch * train
+
+    @property
+    def read_back(self) -> float:
+        """Bytes of reading all that is in 4 bits and writing it in the engine's type, once."""
+        return (memory.PACKED + self.width) * self.placed.need.packed
 
     @property
     def woken(self) -> float:
@@ -279,18 +297,23 @@ class _Clock:
         tensor, rounds, slots = sampling.tensor, sequences / sampling.rows, sampling.rows * sampling.tensor
         prefill = max(
             slots * prompt * self.flops(prompt, tensor=tensor) / (self.rates.matmul * self.rates.train),
-            self.layers * self.rates.forward,
+            (self.layers + self.reading) * self.rates.forward,
         ) + self.totals(slots * prompt, tensor)  # fmt: skip
         cache = memory.kv_cache(self.shape, sequences=sampling.rows, length=1, dtype=self.placed.need.dtype)
         read = self.width * shards.held(self.shape, self.count, tensor) + cache * (prompt + answer / 2)
+        layers = self.layers
+        if slots <= READ_IN_PLACE:
+            read -= (self.width - memory.PACKED) * self.placed.need.packed
+        else:
+            read, layers = read + self.read_back, layers + self.reading
         compute = slots * self.flops(prompt + answer / 2, tensor=tensor) / self.rates.matmul
         if sampling.engine == "graph":
             need = self.placed.need
             few = slots <= FEW and need.dtype != "fp32" and need.lora is None  # adapters come between products
             step = max(read / self.rates.copy, compute) + self.totals(slots, tensor)
-            step += self.layers * (GRAPH_LAYER_OF_FEW if few else GRAPH_LAYER)
+            step += layers * (GRAPH_LAYER_OF_FEW if few else GRAPH_LAYER)
             return rounds * (prefill + answer * step) + self.links(train=False)
-        step = max(self.layers * self.rates.decode, read / self.rates.copy, compute)
+        step = max(layers * self.rates.decode, read / self.rates.copy, compute)
         step += slots * self.shape.vocab * memory.DRAW / self.rates.copy
         if self.placed.zero == 3 and self.count > self.placed.need.live:
             step += self.links(train=False)

@@ -49,6 +49,8 @@ def _contradictions(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if engine["trains"] and not proves(whole, world, micro, accumulation):
                 why = f"{world} x micro {micro} x accumulation {accumulation} is not the batch of {whole}"
                 yield f"{at}.engines.{name}", why
+            if engine["zero"] == 3 and "base" in (engine["lora"] or {}):
+                yield f"{at}.engines.{name}", "stage 3 does not partition a base in 4 bits"
             known = made.get(weights["stage"], {}) if "stage" in weights else plan["models"]
             wanted = weights["artifact"] if "stage" in weights else weights["model"]
             if wanted not in known:

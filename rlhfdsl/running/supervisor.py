@@ -23,7 +23,7 @@ from rlhfdsl.engines.checkpoint import store
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.language.files import write_whole
 from rlhfdsl.planning import keys, measured
-from rlhfdsl.planning.lock import packages
+from rlhfdsl.planning.lock import PACKAGES, packages
 from rlhfdsl.planning.places import make_output
 from rlhfdsl.running import failure, launcher, schedule
 from rlhfdsl.running.inputs import verify_inputs
@@ -233,4 +233,6 @@ def seconds_of(events: list[Event]) -> float:
 
 def _record(plan: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on beside its key, for comparing runs."""
-    return {"versions": packages(), "python": platform.python_version(), "target": plan["target"]}
+    loras = [engine["lora"] or {} for stage in plan["stages"] for engine in stage["engines"].values()]
+    names = (*PACKAGES, *(["bitsandbytes"] if any("base" in lora for lora in loras) else []))
+    return {"versions": packages(names), "python": platform.python_version(), "target": plan["target"]}

@@ -143,7 +143,7 @@ def _random_weights(plan: dict[str, Any], base: Path, device: Any) -> None:
     """Let models/loading.py make what it would load: the source that it gets is a model's address in the plan."""
     import torch
 
-    from rlhfdsl.models import loading
+    from rlhfdsl.models import loading, quantized
     from rlhfdsl.models.scratch import scratch_config
     from rlhfdsl.models.tokenizers import load_tokenizer
 
@@ -157,10 +157,18 @@ def _random_weights(plan: dict[str, Any], base: Path, device: Any) -> None:
         def __init__(self, auto: Any, missing: list[str]):
             self.auto, self.missing = auto, missing
 
-        def from_pretrained(self, source: str, *, config: Any, dtype: Any, attn_implementation: str, **_: Any) -> Any:
+        def from_config(self, config: Any) -> Any:
+            return self.auto.from_config(config)
+
+        def from_pretrained(
+            self, source: str, *, config: Any, dtype: Any, attn_implementation: str, quantization_config: Any = None,
+            **_: Any,
+        ) -> Any:  # fmt: skip
             torch.manual_seed(zlib.crc32(source.encode()))  # an actor and its reference are one model
-            with torch.device(device):
+            with torch.device(device if quantization_config is None else "meta"):
                 model = self.auto.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            if quantization_config is not None:
+                quantized.draw(model, quantization_config, device)
             return model, {"missing_keys": self.missing, "mismatched_keys": []}
 
     class Configs:

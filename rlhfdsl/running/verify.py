@@ -163,11 +163,10 @@ def _again(plan: Json, stage: Json, base: Path, folder: Path, show: Show, update
         if differs is None and found.level == "metrics":
             found.level = "bits"
         found.first = found.first or differs
-    here = lock.packages()
+    versions = result.get("versions", {})
+    here = lock.packages(versions)
     found.notes += [
-        f"{name} {version} then, {here[name]} now"
-        for name, version in result.get("versions", {}).items()
-        if here.get(name, version) != version
+        f"{name} {version} then, {here[name]} now" for name, version in versions.items() if here[name] != version
     ]
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import subprocess
@@ -135,3 +136,29 @@ def test_it_is_fast():
         subprocess.run([sys.executable, "-m", "rlhfdsl", "check", GOOD], check=True, capture_output=True)
         times.append(used() - started)
     assert min(times) < 0.5
+
+
+NEEDED = "bitsandbytes"
+PACKED = """recipe "x" { }
+model wide { arch = llama, layers = 2, hidden = 64, heads = 4 }
+data rows { from = "./rows.jsonl", format = text }
+stage sft {
+  model = model.wide, data = data.rows, batch = 8, length = 64, lr = 1e-3, loss = all
+  lora { rank = 4, base = nf4 }
+}
+"""
+
+
+def test_a_package_that_is_needed_and_absent(tmp_path, capsys, monkeypatch):
+    """Where the recipe is checked and planned, at the setting that needs it; and not where nothing needs it."""
+    path = tmp_path / "x.rlhf"
+    path.write_text(PACKED)
+    assert main.main(["check", str(path)]) == 0
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == NEEDED else find(name, *rest))
+    for command in (["check", str(path)], ["plan", "--gpu", "cpu", "--no-lock", str(path)]):
+        assert main.main(command) == 1
+        said = "".join(capsys.readouterr())
+        assert "error[E0823]" in said and "pip install 'rlhfdsl[qlora]'" in said and "x.rlhf:6:27" in said
+    path.write_text(PACKED.replace(", base = nf4", ""))
+    assert main.main(["check", str(path)]) == 0

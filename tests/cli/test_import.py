@@ -203,9 +203,25 @@ def value(recipe: Recipe, address: str):
             AXOLOTL + "adapter: qlora\nlora_r: 32\nlora_dropout: 0.05\nlora_target_modules:\n  - q_proj\n  - v_proj\n",
             {
                 "stage.sft.lora.rank": 32, "stage.sft.lora.alpha": 8.0, "stage.sft.lora.dropout": 0.05,
-                "stage.sft.lora.targets": ("q_proj", "v_proj"), "stage.sft.lr": 1e-5,
+                "stage.sft.lora.targets": ("q_proj", "v_proj"), "stage.sft.lr": 1e-5, "stage.sft.lora.base": "nf4",
             },
-            {"adapter": "not in 4 bits"},
+            {},
+        ),
+        (
+            AXOLOTL + "load_in_4bit: true\nadapter: lora\nlora_r: 32\n", {"stage.sft.lora.base": "nf4"}, {},
+        ),
+        (AXOLOTL + "load_in_4bit: true\n", {}, {"lora.base": "their own type"}),
+        (LLAMA_FACTORY + "quantization_bit: 4\n", {"stage.reward.lora.base": "nf4"}, {}),
+        (
+            LLAMA_FACTORY + "quantization_bit: 8\n", {"stage.reward.lora.base": "full"},
+            {"quantization_bit": "4 bits or in their own type"},
+        ),
+        (
+            TRL.rstrip() + "  --use_peft --load_in_4bit", {"stage.ppo.actor.lora.base": "nf4"}, {},
+        ),
+        (
+            OPENRLHF.rstrip() + "  --ds.lora.rank 16 --ds.load_in_4bit",
+            {"stage.ppo.actor.lora.base": "nf4", "stage.ppo.critic.lora.base": "nf4"}, {},
         ),
         (
             TRL.rstrip() + "  --use_peft --lora_r 8",
@@ -225,7 +241,8 @@ def value(recipe: Recipe, address: str):
         ),
     ],
     ids=["DeepSpeed-Chat", "OpenRLHF", "TRL", "LLaMA-Factory", "axolotl", "OpenRLHF-dpo", "OpenRLHF-rm", "TRL-dpo",
-         "TRL-launched", "OpenRLHF-ray", "axolotl-lora", "TRL-lora", "OpenRLHF-lora"],
+         "TRL-launched", "OpenRLHF-ray", "axolotl-qlora", "axolotl-4bit", "axolotl-4bit-whole", "LLaMA-Factory-4bit",
+         "LLaMA-Factory-8bit", "TRL-4bit", "OpenRLHF-4bit", "TRL-lora", "OpenRLHF-lora"],
 )  # fmt: skip
 def test_what_a_command_becomes(tmp_path, text, values, notes):
     recipe, found = imported(tmp_path, text)

@@ -5,13 +5,17 @@ from dataclasses import fields
 import pytest
 import torch
 from rollouts import LORA, PROMPTS, TYPES, judged, learn, same, sampled, tiny
+from small import engine as loaded
+from small import one_rank, scratch, spec
 from torch.nn.attention import SDPBackend
 
+from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.attention import decode
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.engines.rollout.sampling import gumbel, row_seeds
 from rlhfdsl.engines.rollout.slots import Slots
+from rlhfdsl.models import quantized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -62,6 +66,36 @@ def test_in_place_or_gathered_with_adapters_or_without(name, zero, lora):
         same(sampled(graph), sampled(eager), 1e-3)
         learn(engine)
     assert len(graph.captured) == 1
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("rows", [2, 24])  # fewer and more than bitsandbytes reads in one kernel with the product
+def test_captured_steps_over_a_base_in_4_bits(tmp_path, arch, rows):
+    one_rank()
+    source = scratch(tmp_path / "model", type=arch, hidden=128, intermediate=256, kv_heads=4)
+    entry = spec(lr=0.02, lora=LORA | {"base": "nf4"}, device="cuda")
+    engine = loaded(HybridEngine, source, entry)
+    before = {path: layer.weight.data.clone() for path, layer in quantized.layers(engine.module).items()}
+    assert all(weight.is_cuda and weight.dtype == torch.uint8 for weight in before.values())
+    graph, eager = GraphSampler(engine), EagerSampler(engine)
+    for _ in range(3):
+        found, expected = (sampled(sampler, PROMPTS[:2], answers=rows // 2) for sampler in (graph, eager))
+        same(found, expected, 1e-3)
+        learn(engine)
+    assert graph.capture_failure is None and len(graph.captured) == 1
+    assert all(torch.equal(layer.weight.data, before[path]) for path, layer in quantized.layers(engine.module).items())
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_bf16_over_a_base_in_4_bits_is_as_near_to_the_scores_as_generate(tmp_path, arch):
+    one_rank()
+    source = scratch(tmp_path / "model", type=arch, hidden=128, intermediate=256, kv_heads=4)
+    entry = spec(zero=1, dtype="bf16", lr=1e-3, lora=LORA | {"base": "nf4"}, device="cuda")
+    engine = loaded(HybridEngine, source, entry)
+    for _ in range(2):
+        found = judged(engine, GraphSampler(engine))
+        assert found.holds, found
+        learn(engine)
 
 
 def test_attention_takes_each_shape_as_it_comes():

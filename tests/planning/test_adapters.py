@@ -12,8 +12,10 @@ from test_memory import saved
 from workshop import HEAD, PAIRS, PIPELINE, gpus, rates_of
 
 from rlhfdsl.language import load
+from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import compile, hardware, keys, lock, places, timing
-from rlhfdsl.planning.adapters import Lora, chosen, linears
+from rlhfdsl.planning.adapters import Lora, chosen, linears, packed
+from rlhfdsl.planning.advice import nearest
 from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.families import FAMILIES, GATED
 from rlhfdsl.planning.fit import fit
@@ -230,6 +232,86 @@ def test_lora_is_named_where_nothing_else_fits(shop):
     found = shop.problem(text + " }\n", gpus(1))
     assert "`lora { rank = 16 }` in what trains fits, and learns something else" in found.help
     assert shop.plan(text + "\n  lora { rank = 16 }\n}\n", gpus(1))["stages"][0]["memory"]["fits"]
+
+
+def packed_need(**changes):
+    """OPT-1.3B with adapters of rank 16 beside a base in 4 bits."""
+    entry = shape(lookup("facebook/opt-1.3b"))
+    layers = linears(entry)
+    count = entry.layers * sum(16 * (layer.inputs + layer.outputs) for layer in layers)
+    need = Need(
+        "actor", entry, parameters(entry) + count, "none", "bf16", False, True, 8, 1, 512, None, None, None, 8, False,
+        trained=count, lora=Lora({"rank": 16, "dropout": 0.0, "base": "nf4"}, layers, count),
+        packed=entry.layers * 12 * 2048**2,
+    )  # fmt: skip
+    return replace(need, **changes)
+
+
+def test_a_base_in_4_bits_by_hand():
+    """Of 1.3 B the 12 x 2048^2 of each of 24 layers take 0.516 bytes; a matrix of 2048 x 8192 is read back whole."""
+    need, one = packed_need(), gpus(1)
+    assert packed(need.shape) == need.packed == 24 * (4 * 2048**2 + 2 * 2048 * 8192)
+    placed, whole = (fit([n], Rollout(8, 256, 512, "graph"), one) for n in (need, replace(need, packed=0)))
+    (p,), (w,) = placed.engines, whole.engines
+    assert p.states.weights == 2 * need.count - int((2 - 0.515869140625) * need.packed)
+    assert w.states.weights - p.states.weights == w.states.total - p.states.total
+    read = int(2.125 * 2048 * 8192)
+    assert p.working["train"] - w.working["train"] == read == placed.sampling.whole - whole.sampling.whole
+    assert placed.sampling.cache == whole.sampling.cache
+
+
+@pytest.mark.parametrize(("rows", "each"), [(8, 0.515869140625 - 2), (32, 0.515869140625 + 2)])
+def test_seconds_of_a_base_in_4_bits_by_hand(monkeypatch, rows, each):
+    """Only memory takes time: a pass reads and writes the packed weights once, a step of few rows reads them alone."""
+    rates_of(monkeypatch, copy=1e12)
+    need, one = packed_need(per_rank=rows, micro=rows, checkpointing=True), gpus(1)
+    took = []
+    monkeypatch.setattr(timing, "READ", 0.0)  # launches
+    for given in (need, replace(need, packed=0)):
+        placed = fit([given], Rollout(rows, 256, 512, "graph"), one)
+        took.append(seconds(placed, OnPolicy(rows, 256, 256, 1, 1, 0, 512), one))
+    packed, whole = took
+    again = (0.515869140625 + 2) * need.packed / 1e12
+    assert packed["train"] - whole["train"] == pytest.approx(3 * again)  # forward, forward again, backward
+    assert packed["generate"] - whole["generate"] == pytest.approx(256 * each * need.packed / 1e12)
+
+
+def test_stage_3_is_never_derived_for_a_base_in_4_bits(monkeypatch):
+    """On GPUs that its layout does not fit, the last that is tried has the optimizer on the host and no shards."""
+    need = packed_need()
+    for target in (gpus(1, 1), gpus(4, 1)):
+        (placed,) = fit([need], Rollout(8, 256, 512, "graph"), target).engines
+        assert placed.zero <= 2 and placed.offload in ("off", "optimizer")
+        told = [way.words for way in nearest([need], None, target, Supervised(512))]
+        assert not any("zero = 3" in words or "both" in words for words in told)
+
+
+def test_a_base_in_4_bits_stands_in_the_plan(shop):
+    text = ADAPTED.replace("hidden = 32", "hidden = 64").replace("lora { rank = 4 }", "lora { rank = 4, base = nf4 }")
+    plan = shop.plan(text)
+    validate_plan(plan)
+    _, planned, memory = engines(plan)
+    assert planned["actor"]["lora"]["base"] == "nf4" and "base" not in planned["critic"]["lora"]
+    whole = shop.plan(text.replace("base = nf4", "base = full"))
+    assert whole | {"origins": 0} == shop.plan(text.replace(", base = nf4", "")) | {"origins": 0}
+    assert keys.keys(plan)["stage.ppo"] != keys.keys(whole)["stage.ppo"]
+    assert memory["actor"]["weights"] < engines(whole)[2]["actor"]["weights"]
+    assert memory["ref"]["working"]["score"] > engines(whole)[2]["ref"]["working"]["score"]
+    assert "rank 4 beside nf4" in plan_text(plan)
+    planned["actor"]["zero"] = 3
+    with pytest.raises(UserError, match="stage 3 does not partition"):
+        validate_plan(plan)
+
+
+def test_66b_on_one_gpu():
+    """65.2e9 weights of 0.516 bytes, and 0.5e9 in the embeddings of two each, beside a critic and a reward model."""
+    recipe = load(ROOT / "recipes" / "opt-66b-qlora-1gpu.rlhf").recipe
+    memory_mib = hardware.catalog()["h100-80g"]["memory_mib"]
+    one = hardware.Target("cuda", "h100-80g", memory_mib * hardware.MIB, 1, 1, "--gpu")
+    plan, found = compile(recipe, lock.empty(), one)
+    stage, _, memory = engines(plan)
+    assert memory["actor"]["weights"] == pytest.approx(64 * 12 * 9216**2 * 0.516 + 2 * 0.67e9, rel=0.01)
+    assert stage["memory"]["fits"] and memory["ref"]["total"] == 0 and found == ()
 
 
 @pytest.mark.parametrize(("name", "size"), [("opt-13b-lora-1gpu", "13b"), ("opt-30b-lora-1gpu", "30b")])

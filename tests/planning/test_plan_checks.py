@@ -440,6 +440,58 @@ def test_adapters_are_smaller_than_their_layers(shop):
     assert shop.text_at(found) == "32"
 
 
+WIDE = sft("batch = 8, length = 64, lr = 1e-3, parallel = parallel.p\n  lora { rank = 4, base = nf4 }\n").replace(
+    "hidden = 32", "hidden = 64"
+)
+
+
+@pytest.mark.parametrize(("setting", "why"), [
+    ("zero = 3", "ZeRO 3 would"), ("offload = both", "ZeRO 3, which `offload` needs here, would"),
+    ('nvme = "/drive", offload = optimizer', "ZeRO 3, which `nvme` needs here, would"),
+])  # fmt: skip
+def test_a_base_in_4_bits_is_not_cut(shop, setting, why):
+    found = shop.problem(WIDE + f"parallel p {{ {setting} }}\n", gpus(2))
+    assert said(found) == (
+        "E0732", f"{why} cut the base in 4 bits of the policy: its scales are no parameters",
+        "zero = 2 or less, and offload = optimizer or none, in a `parallel` block of its own",
+    )  # fmt: skip
+    assert shop.text_at(found) in ("3", "both", '"/drive"')
+    assert [label.text for label in found.secondary] == ["the base in 4 bits"]
+
+
+def test_a_base_in_4_bits_is_not_cut_to_sample(shop):
+    text = PIPELINE.replace("hidden = 32", "hidden = 64").replace("model = stage.sft, lr = 1e-4", """
+    model = stage.sft, lr = 1e-4
+    lora { rank = 4, base = nf4 }
+  """).replace("rollout { batch", "rollout { engine = graph, tensor = 2, batch")  # fmt: skip
+    found = shop.problem(text, gpus(2))
+    assert found.code == "E0732" and found.message.startswith("tensor = 2 would cut a base in 4 bits")
+    assert shop.text_at(found) == "2" and found.help == "leave `tensor` out"
+
+
+def test_a_base_in_4_bits_has_whole_blocks(shop):
+    found = shop.problem(WIDE.replace("hidden = 64", "hidden = 32, intermediate = 64") + "parallel p { }\n")
+    assert said(found) == (
+        "E0733", "the 32 inputs of `self_attn.q_proj` do not split into blocks of 64", "base = full",
+    )  # fmt: skip
+    assert shop.text_at(found) == "nf4"
+
+
+def test_merged_adapters_are_rounded_again(shop):
+    text = WIDE.replace("parallel = parallel.p", "") .replace("base = nf4", "base = full")
+    text += """stage sft again {
+  model = stage.sft, data = data.pairs, batch = 8, length = 64, lr = 1e-3
+  lora { rank = 4, base = nf4 }
+}
+"""
+    plan, found = shop.compile(text)
+    (warning,) = [d for d in found if d.code != "W0201"]
+    assert plan is not None and warning.code == "W0709" and shop.text_at(warning) == "nf4"
+    assert "`stage.sft` learned is merged and rounded to 4 bits here" in warning.message
+    _, found = shop.compile(text.replace("lora { rank = 4, base = full }", ""))
+    assert "W0709" not in [d.code for d in found]
+
+
 def test_every_code_has_a_test():
     """A code that no test of this file names was never seen."""
     from pathlib import Path

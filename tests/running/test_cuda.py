@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipeline import write_recipe
+from pipeline import RECIPE, write_recipe
 
 from rlhfdsl.running.metrics import read_metrics
 
@@ -62,3 +62,23 @@ def test_bf16_holds_the_invariants_and_stays_near(folder, zero):
     assert [e["loss"] for e in cuda] == pytest.approx([e["loss"] for e in cpu], rel=0.02)
     for event in events(folder, f"bf16-{zero}", "ppo", "update"):
         assert event["parity"] < 0.05
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_ppo_learns_beside_a_base_in_4_bits(folder, engine):
+    text = RECIPE.replace("hidden = 32", "hidden = 128")
+    adapted = "ema = 0.9, parallel = parallel.shard\n    lora { rank = 4, base = nf4 }\n  }"
+    text = text.replace("ema = 0.9, parallel = parallel.shard }", adapted)
+    (folder / "small.rlhf").write_text(text)
+    run(
+        folder, "--gpus", "1", "--set", f'recipe.output="runs/packed-{engine}"', "--set", "model.tiny.dtype=bf16",
+        "--set", "parallel.shard.zero=1", "--set", f"stage.ppo.rollout.engine={engine}",
+        "--set", "stage.ppo.actor.lr=1e-2",
+    )  # fmt: skip
+    (found,) = events(folder, f"packed-{engine}", "ppo", "invariants")
+    assert found["invariant_ratio"] < 0.02 and found["invariant_reference"] < 0.02
+    (chosen,) = events(folder, f"packed-{engine}", "ppo", "rollout")
+    assert chosen["engine"] == engine
+    updates = events(folder, f"packed-{engine}", "ppo", "update")
+    assert all(event["parity"] < 0.05 for event in updates) and updates[-1]["kl"] != updates[0]["kl"]
+    assert (folder / "runs" / f"packed-{engine}" / "ppo" / "actor-adapter" / "adapter_model.safetensors").exists()

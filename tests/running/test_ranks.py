@@ -36,6 +36,24 @@ stage ppo adapted {
   update { minibatch = 4 }
   kl { coef = 0.05 }
 }
+model wide { arch = llama, layers = 2, hidden = 64, heads = 4, kv_heads = 2, dtype = fp32 }
+parallel whole { zero = 2, micro = 2 }
+stage ppo packed {
+  data     = blend.all
+  rollouts = 3
+  actor {
+    model = model.wide, lr = 1e-2, ema = 0.9, parallel = parallel.whole
+    lora { rank = 4, alpha = 8, base = nf4 }
+  }
+  critic {
+    model = stage.reward, lr = 1e-3, parallel = parallel.whole
+    lora { rank = 2, targets = attention, lr = 1e-2 }
+  }
+  reward { model = stage.reward }
+  rollout { batch = 4, prompt = 64, answer = 4 }
+  update { minibatch = 4 }
+  kl { coef = 0.05 }
+}
 """
 # What is compared: everything that learning decides, not times.
 NUMBERS = (
@@ -86,7 +104,7 @@ def test_ranks_leave_no_shared_memory(runs):
 
 def curves(run: Path) -> dict[tuple, float]:
     found = {}
-    for stage in ("sft", "reward", "ppo", "adapted"):
+    for stage in ("sft", "reward", "ppo", "adapted", "packed"):
         for number, event in enumerate(read_metrics(run / stage / "metrics.jsonl")):
             for name in NUMBERS:
                 if event.get(name) is not None:
@@ -117,7 +135,7 @@ def test_two_ranks_at_stage_3_sample_from_shards(runs):
 
 ARTIFACTS = (
     "sft/model", "reward/model", "ppo/actor", "ppo/actor-ema", "ppo/critic",
-    "adapted/actor", "adapted/actor-ema", "adapted/critic",
+    "adapted/actor", "adapted/actor-ema", "adapted/critic", "packed/actor", "packed/actor-ema", "packed/critic",
 )  # fmt: skip
 
 
@@ -143,14 +161,14 @@ def test_the_average_is_neither_the_start_nor_the_end(runs):
 @pytest.mark.parametrize("run", ["1-0", "2-3"])
 def test_a_run_that_was_broken_off_ends_with_the_same_bits(runs, run):
     weights = sorted(path.relative_to(runs / run) for path in (runs / run).rglob("*.safetensors"))
-    assert len(weights) == 6 + 3 * 2  # the last stage leaves its adapters beside each model
+    assert len(weights) == 7 + 2 * 3 * 2  # the last two stages leave their adapters beside each model
     for path in weights:
         assert (runs / f"{run}-broken" / path).read_bytes() == (runs / run / path).read_bytes(), path
 
 
 @pytest.mark.parametrize("run", ["1-0", "2-3"])
 def test_its_metrics_go_on_where_the_checkpoint_was(runs, run):
-    for stage in ("sft", "reward", "ppo", "adapted"):
+    for stage in ("sft", "reward", "ppo", "adapted", "packed"):
         found, whole = (read_metrics(runs / name / stage / "metrics.jsonl") for name in (f"{run}-broken", run))
         assert [e["event"] for e in found].count("start") == 2
         assert [e["update"] for e in found if e["event"] == "resume"] == [2]

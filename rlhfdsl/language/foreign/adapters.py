@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhfdsl.language.foreign.taking import Draft
+from rlhfdsl.language.foreign.taking import NO, Draft
 
 # What a tool takes when nothing is said. DeepSpeed-Chat divides 1 by the rank; LLaMA-Factory takes twice the rank.
 _RANK = {"TRL": "16", "LLaMA-Factory": "8"}
@@ -23,19 +23,30 @@ def adapters(draft: Draft) -> None:
         parts = [(f"{role}.", "@lora.") for role in _ENGINES.get(tool, ())]
     for engine, given in parts:
         found = {name.removeprefix(given): text for name, text in draft.lists.items() if name.startswith(given)}
-        if _wanted(tool, found, draft):
-            _adapt(draft, engine, {name: texts for name, texts in found.items() if texts})
+        packed = _packed(tool, found)
+        if _wanted(tool, found):
+            _adapt(draft, engine, {name: texts for name, texts in found.items() if texts and name != "base"})
+            if packed:
+                draft.values[f"{engine}lora.base"] = "nf4"
+        elif packed:
+            draft.notes.append((0, f"{engine}lora.base", "without adapters weights are held in their own type"))
 
 
-def _wanted(tool: str, found: dict[str, tuple[str, ...]], draft: Draft) -> bool:
+def _packed(tool: str, found: dict[str, tuple[str, ...]]) -> bool:
+    """Whether the frozen weights are in 4 bits."""
+    if tool == "axolotl" and "".join(found.get("kind", ())).lower() == "qlora":
+        return True
+    asked = "".join(found["base"]).lower() if "base" in found else "no"
+    return asked == "4" if tool == "LLaMA-Factory" else asked not in NO
+
+
+def _wanted(tool: str, found: dict[str, tuple[str, ...]]) -> bool:
     kind = "".join(found.get("kind", ())).lower()
     if tool == "TRL":
-        return "kind" in found and kind not in ("false", "no", "0")
+        return "kind" in found and kind not in NO
     if tool == "LLaMA-Factory":
         return kind in ("", "lora") and ("kind" in found or "rank" in found)
     if tool == "axolotl":
-        if kind == "qlora":
-            draft.notes.append((0, "adapter", "the frozen weights are held in the model's type, not in 4 bits"))
         return kind in ("lora", "qlora")
     return "".join(found.get("rank", ("0",))) not in ("", "0")
 

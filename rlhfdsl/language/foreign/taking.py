@@ -16,7 +16,7 @@ from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.language.values import INVALID, fit, in_range
 
 _YES = ("", "true", "on", "yes", "1")
-_NO = ("false", "off", "no", "0", "none", "null")
+NO = ("false", "off", "no", "0", "none", "null")
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 _DTYPES = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16", "float32": "fp32", "fp32": "fp32"}
 _BOTH = ("lr", "schedule", "warmup", "weight_decay", "grad_clip")
@@ -66,7 +66,7 @@ def take(draft: Draft, given: Given) -> None:
     name = given.name if given.name in tool.names or given.name in tool.without else given.name.replace("-", "_")
     text = given.values[0] if given.values else ""
     if name in tool.without and name not in tool.names:
-        if tool.without[name] and text.lower() not in _NO:
+        if tool.without[name] and text.lower() not in NO:
             draft.note(given, tool.without[name])
         return
     target = tool.names.get(name) or aliases(command.tool, command.stage).get(name)
@@ -106,7 +106,7 @@ def _value(type_: str, name: str, text: str) -> str | None:
     attr = schema.definition(type_).attributes[name]
     shapes = {schema.shape(alternative) for alternative in attr.alternatives}
     low = text.lower()
-    if "switch" in shapes and low in (*_YES, *_NO):
+    if "switch" in shapes and low in (*_YES, *NO):
         text = "on" if low in _YES else "off"
     elif shapes & {"text", "source"}:
         text = f'"{text}"'
@@ -146,7 +146,7 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
         case "bf16" | "fp16":
             if low in _YES:
                 draft.values["@model.dtype"] = kind
-            elif low not in (*_NO, "auto"):
+            elif low not in (*NO, "auto"):
                 draft.note(given, f"`{text}` is neither true nor false")
         case "model" if last == "dtype":
             if low in _DTYPES:
@@ -188,6 +188,8 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
             draft.values[f"@{kind}"] = text
         case "lora" | "actor_lora" | "critic_lora":
             draft.lists[target] = tuple(part for value in given.values for part in value.split(","))
+            if given.name == "quantization_bit" and low not in ("4", *NO):
+                draft.note(given, "the frozen weights are held in 4 bits or in their own type")
         case "columns":
             other = "messages" if draft.command.stage == "sft" else "prompt"
             draft.values["@columns." + (other if last == "input" else last)] = text
