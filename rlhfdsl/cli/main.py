@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us (`>&-`): what is said goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    _speak(sys.stdout)
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     try:
@@ -103,6 +105,15 @@ def _overview() -> str:
         f"rlhf {__version__}: RLHF recipes, checked, planned and run\n\nfirst steps\n{_FIRST_STEPS}\n\n"
         f"commands\n{verbs}\n\n`rlhf COMMAND --help` tells more about one."
     )
+
+
+def _speak(stream: TextIO) -> None:
+    """Recipes and JSON are UTF-8 whatever the locale says; a terminal that lacks a character is shown its number."""
+    if isinstance(stream, io.TextIOWrapper):
+        if stream.isatty():
+            stream.reconfigure(errors="backslashreplace")
+        else:
+            stream.reconfigure(encoding="utf-8")
 
 
 def _drop(stream: TextIO) -> None:

@@ -237,7 +237,9 @@ def _argument(
 def _no_path(document: Document, span: Span, path: str, known: Sequence[str]) -> list[Diagnostic]:
     if document.lost:
         return []
-    near = nearest(path, known)
+    head, _, last = path.rpartition(".")
+    deeper = [name for name in known if name.startswith(head + ".") and name.endswith("." + last)]
+    near = deeper or nearest(path, known)
     help = f"did you mean {listed(near)}?" if near else f"there is {listed(list(known)[:8])}"
     if path.startswith("param.") and span.file.startswith("--set"):
         help = "a parameter is given by `-p NAME=VALUE`"

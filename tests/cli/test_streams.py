@@ -38,6 +38,14 @@ def test_a_reader_that_is_gone():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_what_a_pipe_gets_is_utf_8_in_every_locale(tmp_path):
+    (tmp_path / "x.rlhf").write_text('recipe "żółw 🐢" { }\nstage sft { }\n', encoding="utf-8")
+    plain = {"env": os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}, "encoding": "utf-8"}
+    assert "żółw 🐢" in rlhf("fmt", "-", input=(tmp_path / "x.rlhf").read_text(encoding="utf-8"), **plain).stdout
+    done = rlhf("check", str(tmp_path / "x.rlhf"), **plain)
+    assert (done.returncode, done.stderr) == (1, "") and "żółw 🐢" in done.stdout
+
+
 def from_stdin(folder, text, *arguments):
     where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": os.getcwd()}}
     return rlhf(*arguments, input=text, **where)

@@ -185,6 +185,7 @@ def test_arguments(base, params, sets, address, value):
         ({}, ["stage.sft.rate=3"], ["E0504"], None),
         ({}, ["stage.sft.every.lgo=3"], ["E0504"], None),
         ({}, ["stage.stf.lr=3"], ["E0504"], "stage.sft"),
+        ({}, ["stage.sft.log=3"], ["E0504"], "stage.sft.every.log"),
         ({}, ["stage.sft.lr=1e-4\n"], [], None),
         ({}, ["stage.sft=1"], ["E0504"], None),
         ({}, ["seed=1"], ["E0504"], None),
