@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rlhfdsl.planning import timing
-from rlhfdsl.planning.adapters import Lora, linears
+from rlhfdsl.planning.adapters import BLOCK, Lora, linears, packed
 from rlhfdsl.planning.fit import fit, offload_of
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Need, Rollout
@@ -39,13 +39,26 @@ def nearest(
     return sorted(ways, key=lambda way: int(20 * (way.seconds or 0.0) / least))[:most]
 
 
-def adapted(needs: Sequence[Need], rollout: Rollout | None, target: Target) -> bool:
-    """Whether the stage fits without offload when what trains whole has adapters of RANK beside all its layers."""
+def adapted(
+    needs: Sequence[Need], rollout: Rollout | None, target: Target, in_4_bits: bool = False
+) -> bool:
+    """Whether the stage fits without offload when what trains whole has adapters of RANK beside all its layers.
+
+    in_4_bits: and the base of every engine with adapters is.
+    """
     beside = [_adapted(need) if need.trains and need.lora is None else need for need in needs]
+    if in_4_bits:
+        bases = {need.name for need in beside if need.lora is not None and _splits(need)}
+        beside = [replace(n, packed=packed(n.shape) or 0) if (n.shares or n.name) in bases else n for n in beside]
     free = [
         replace(n, micro=None, zero=None, offload="off", checkpointing=None if n.trains else False) for n in beside
     ]
     return beside != list(needs) and fit(free, rollout, target).fits is True
+
+
+def _splits(need: Need) -> bool:
+    """Whether the layers of an engine's base can be in 4 bits."""
+    return all(layer.inputs % BLOCK == 0 for layer in linears(need.shape) or ())
 
 
 def _adapted(need: Need) -> Need:

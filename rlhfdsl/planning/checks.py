@@ -335,6 +335,10 @@ def memory(
     if all("offload" in way.words for way in ways):
         if advice.adapted(needs, rollout, where):
             told.append(f"`lora {{ rank = {advice.RANK} }}` in what trains fits, and learns something else")
+        elif advice.adapted(needs, rollout, where, in_4_bits=True):
+            told.append(
+                f"`lora {{ rank = {advice.RANK}, base = nf4 }}` in what trains fits, and learns something else"
+            )
         wider = advice.more_gpus(needs, rollout, where)
         if wider is not None:
             size = f"--gpus {wider.gpus} --nodes {wider.nodes}"

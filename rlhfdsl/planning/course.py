@@ -54,10 +54,14 @@ def adapters(problems: Problems, part: Part, model: Model, lora: Lora | None) ->
 def whole_blocks(problems: Problems, part: Part, model: Model) -> None:
     """A base in 4 bits whose rows do not split into blocks of one scale."""
     odd = [layer for layer in linears(model.shape) or () if layer.inputs % BLOCK]
-    if part.in_4_bits and part.shares is None and odd:
+    if part.in_4_bits and part.shares is None and odd and model.shape is not None:
+        widths = {model.shape.intermediate: "intermediate", model.shape.hidden: "hidden"}
+        name, whole = widths.get(odd[0].inputs), -(-odd[0].inputs // BLOCK) * BLOCK
+        scratch = model.entry["arch"] is not None and name is not None
         problems.report(
             "E0733", f"the {odd[0].inputs} inputs of `{odd[0].path}` do not split into blocks of {BLOCK}",
-            f"{part.at}.lora.base", also=[(model.address, "this model")], help="base = full",
+            f"{part.at}.lora.base", also=[(model.address, "this model")],
+            help=f"{name} = {whole}, or base = full" if scratch else "base = full",
         )  # fmt: skip
 
 

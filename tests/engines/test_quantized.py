@@ -165,6 +165,37 @@ def test_checkpointing_changes_no_gradient(sources):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("arch", ["llama", "opt"])
+def test_autograd_keeps_what_it_keeps_beside_whole_weights(sources, arch):
+    """So that the plan of activations holds: what is read back for a product is not kept for the backward pass."""
+    kept = []
+    for entry in (lora(), lora(base="full")):
+        policy = engine(PolicyEngine, sources[arch], spec(zero=1, dtype="bf16", lora=entry))
+        own = {p.untyped_storage().data_ptr() for p in (*policy.module.parameters(), *policy.module.buffers())}
+        held = {}
+
+        def keep(tensor, own=own, held=held):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage.nbytes(), tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            policy.logits(some_ids(), FULL)
+        kept.append(sum(size for size, _ in held.values()))
+    assert kept[0] == kept[1]
+
+
+def test_a_cast_leaves_packed_weights_alone(sources):
+    """As DeepSpeed casts a module to its type."""
+    model = load_model(spec(dtype="fp32", lora=lora()), sources["llama"], revision=None, seed=1)
+    before = packed(model)
+    for cast in (model.half, model.bfloat16, model.float, lambda: model.to(torch.bfloat16), lambda: model.to("cpu")):
+        cast()
+        assert equal(packed(model), before)
+    assert model.dtype == torch.bfloat16
+
+
 def test_training_after_inference_has_gradients(sources):
     """bitsandbytes would lay a layer's weights out anew at its first inference on some CPUs, and then not train."""
     policy = engine(PolicyEngine, sources["llama"], spec(dtype="bf16", zero=1, lora=lora()))
@@ -267,6 +298,8 @@ def test_a_state_dict_has_no_scales(sources):
     """Those of a checkpoint would be of the frozen base, which comes from where the engine came."""
     policy = engine(PolicyEngine, sources["llama"], spec(lora=lora()))
     assert not [name for name in policy.module.state_dict() if "absmax" in name or "quant" in name]
+    kept = policy.deepspeed.module_state_dict(exclude_frozen_parameters=True)
+    assert kept.keys() == tensors(policy.module, True).keys()
 
 
 def test_bitsandbytes_asks_the_hub_for_nothing(tmp_path):

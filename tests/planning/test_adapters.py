@@ -260,6 +260,18 @@ def test_a_base_in_4_bits_by_hand():
     assert placed.sampling.cache == whole.sampling.cache
 
 
+def test_a_base_in_4_bits_is_named_where_adapters_alone_do_not_fit(shop):
+    """66e9 x 2 bytes are no 80 GiB, 66e9 x 0.516 are; where the adapters fit it is not named."""
+    text = HEAD + 'model big { from = "facebook/opt-66b" }\n' + PAIRS + "parallel p { offload = off }\n"
+    text += "stage sft { model = model.big, data = data.pairs, batch = 8, length = 512, lr = 1e-5"
+    text += ", parallel = parallel.p"
+    for beside in (" }\n", "\n  lora { rank = 16 }\n}\n"):
+        found = shop.problem(text + beside, gpus(1))
+        assert "`lora { rank = 16, base = nf4 }` in what trains fits, and learns something else" in found.help
+    assert shop.plan(text + "\n  lora { rank = 16, base = nf4 }\n}\n", gpus(1))["stages"][0]["memory"]["fits"]
+    assert "nf4" not in shop.problem(text.replace("66b", "13b") + " }\n", gpus(1)).help
+
+
 @pytest.mark.parametrize(("rows", "each"), [(8, 0.515869140625 - 2), (32, 0.515869140625 + 2)])
 def test_seconds_of_a_base_in_4_bits_by_hand(monkeypatch, rows, each):
     """Only memory takes time: a pass reads and writes the packed weights once, a step of few rows reads them alone."""

@@ -472,9 +472,17 @@ def test_a_base_in_4_bits_is_not_cut_to_sample(shop):
 def test_a_base_in_4_bits_has_whole_blocks(shop):
     found = shop.problem(WIDE.replace("hidden = 64", "hidden = 32, intermediate = 64") + "parallel p { }\n")
     assert said(found) == (
-        "E0733", "the 32 inputs of `self_attn.q_proj` do not split into blocks of 64", "base = full",
+        "E0733", "the 32 inputs of `self_attn.q_proj` do not split into blocks of 64", "hidden = 64, or base = full",
     )  # fmt: skip
     assert shop.text_at(found) == "nf4"
+    found = shop.problem(WIDE.replace("hidden = 64", "hidden = 128") + "parallel p { }\n")  # 352 in the MLP by default
+    assert found.help == "intermediate = 384, or base = full"
+    odd = model_facts({"arch": {"type": "llama", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 4, "vocab": 300,
+                                "intermediate": 96, "context": 128, "tied": True}})  # fmt: skip
+    named = WIDE.replace(TINY.replace("hidden = 32", "hidden = 64"), 'model tiny { from = "some/one" }\n')
+    key = shop.plan(named + "parallel p { }\n")["models"]["model.tiny"]["key"]
+    shop.lock["models"][key] = odd
+    assert shop.problem(named + "parallel p { }\n").help == "base = full"
 
 
 def test_merged_adapters_are_rounded_again(shop):

@@ -66,7 +66,7 @@ def test_bf16_holds_the_invariants_and_stays_near(folder, zero):
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_ppo_learns_beside_a_base_in_4_bits(folder, engine):
-    text = RECIPE.replace("hidden = 32", "hidden = 128")
+    text = RECIPE.replace("hidden = 32", "hidden = 128, intermediate = 256")
     adapted = "ema = 0.9, parallel = parallel.shard\n    lora { rank = 4, base = nf4 }\n  }"
     text = text.replace("ema = 0.9, parallel = parallel.shard }", adapted)
     (folder / "small.rlhf").write_text(text)
