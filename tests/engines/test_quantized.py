@@ -299,7 +299,7 @@ def test_a_state_dict_has_no_scales(sources):
     policy = engine(PolicyEngine, sources["llama"], spec(lora=lora()))
     assert not [name for name in policy.module.state_dict() if "absmax" in name or "quant" in name]
     kept = policy.deepspeed.module_state_dict(exclude_frozen_parameters=True)
-    assert kept.keys() == tensors(policy.module, True).keys()
+    assert kept.keys() - {"lm_head.weight"} == tensors(policy.module, True).keys()  # a tied weight has a second name
 
 
 def test_bitsandbytes_asks_the_hub_for_nothing(tmp_path):
