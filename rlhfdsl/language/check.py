@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -89,7 +89,8 @@ class _Checker:
         twin = self.blocks.get(address) if kind != "recipe" else None
         if kind in _ONCE:
             twin = next((block for block in self.blocks.values() if block.kind == kind), None)
-        block = self.block(node, type_, kind, address, name)
+        # A second one may be meant to change the first: what it lacks is not told.
+        block = self.block(node if twin is None else replace(node, broken=True), type_, kind, address, name)
         if twin is None:
             self.blocks[address] = block
             return

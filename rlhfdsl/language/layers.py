@@ -7,7 +7,7 @@ what has an effect only beside that one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rlhfdsl.language import schema
@@ -123,6 +123,7 @@ def join(other: Document, own: Document) -> Document:
 
 def apply_overrides(document: Document, included: Mapping[str, Span], problems: list[Diagnostic]) -> Document:
     """The overrides of a file on what it includes; `included` are the addresses there, `param.x` too."""
+    problems += _twice(document.overrides)
     for override in document.overrides:
         words = override.path.words
         if words[0].text == "param" and len(words) == 1:
@@ -140,6 +141,28 @@ def apply_overrides(document: Document, included: Mapping[str, Span], problems: 
         blocks[at] = replace(blocks[at], members=merge(blocks[at].members, members, type_), broken=broken)
         document = replace(document, blocks=tuple(blocks))
     return replace(document, overrides=())
+
+
+def _twice(overrides: Sequence[Override]) -> Iterator[Diagnostic]:
+    """What two overrides of one file say both; of a setting that is twice in one block, check tells."""
+    first: dict[str, tuple[Override, Span]] = {}
+    for override in overrides:
+        for path, span in _said(override.path.text, override.members):
+            other, place = first.setdefault(path, (override, span))
+            if place != span and (other is not override or override.path.text == "param"):
+                label = (Label(place, "the first one"),)
+                message = f"`{path}` is overridden twice"
+                help = "keep one of them"
+                yield Diagnostic("E0403", "error", message, span, "the second one", label, help=help)
+
+
+def _said(path: str, members: Members) -> Iterator[tuple[str, Span]]:
+    """The paths of the settings in a block at `path`, and where each stands."""
+    for member in members:
+        if isinstance(member, BlockSyntax):
+            yield from _said(f"{path}.{key_of(member)}", member.members)
+        else:
+            yield f"{path}.{member.path.text}", member.path.span
 
 
 def _params(
