@@ -17,7 +17,11 @@ HELP = "make a recipe of another tool's command or YAML"
 def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rlhf import`."""
     parser.add_argument("file", metavar="FILE", help="a shell script, a command line or YAML; - is stdin")
-    parser.add_argument("--tool", choices=tuple(TOOLS), help="whose it is (default: told from what it says)")
+    tools = {name.lower(): name for name in TOOLS}
+    parser.add_argument(
+        "--tool", type=lambda name: tools.get(name.lower(), name), choices=tuple(TOOLS),
+        help="whose it is (default: told from what it says)",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="FILE", help="where to (default: stdout)")
 
 

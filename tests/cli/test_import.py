@@ -194,6 +194,16 @@ def value(recipe: Recipe, address: str):
             {},
         ),
         (
+            DEEPSPEED_CHAT.replace("--deepspeed", "--actor_weight_decay 0. --deepspeed").replace("9.65e-6", ".5"),
+            {"stage.ppo.actor.weight_decay": 0.0},
+            {"actor.lr": "0.5 was for the weights"},
+        ),
+        (
+            '{"model_name_or_path": "a/b", "dataset_name": "c/d", "learning_rate": 1e-5, "torch_dtype": "bfloat16"}',
+            {"stage.sft.lr": 1e-5, "model.base.dtype": "bf16"},
+            {},
+        ),
+        (
             "ray job submit --address=http://a -- python3 -m openrlhf.cli.train_ppo_ray --pretrain a/b "
             "--reward_pretrain c/d --prompt_data e/f --input_key messages --train_batch_size 128",
             {"data.f.columns.prompt": "messages", "stage.ppo.update.minibatch": 128},
@@ -241,7 +251,8 @@ def value(recipe: Recipe, address: str):
         ),
     ],
     ids=["DeepSpeed-Chat", "OpenRLHF", "TRL", "LLaMA-Factory", "axolotl", "OpenRLHF-dpo", "OpenRLHF-rm", "TRL-dpo",
-         "TRL-launched", "OpenRLHF-ray", "axolotl-qlora", "axolotl-4bit", "axolotl-4bit-whole", "LLaMA-Factory-4bit",
+         "TRL-launched", "dots", "json", "OpenRLHF-ray",
+         "axolotl-qlora", "axolotl-4bit", "axolotl-4bit-whole", "LLaMA-Factory-4bit",
          "LLaMA-Factory-8bit", "TRL-4bit", "OpenRLHF-4bit", "TRL-lora", "OpenRLHF-lora"],
 )  # fmt: skip
 def test_what_a_command_becomes(tmp_path, text, values, notes):
@@ -281,6 +292,8 @@ def test_what_cannot_be_imported():
         read_command("ls --all --color")
     with pytest.raises(Unreadable, match="no command"):
         read_command("echo hello")
+    with pytest.raises(Unreadable, match=r"its settings are in a/b\.yaml: import that file"):
+        read_command("llamafactory-cli train a/b.yaml")
     with pytest.raises(Unreadable, match="no command"):
         read_command("python -m openrlhf.cli.train_sft --pretrain 'a")
     with pytest.raises(Unreadable, match="YAML"):
@@ -291,6 +304,19 @@ def test_wrong_values_are_noted_and_not_written(tmp_path):
     recipe, notes = imported(tmp_path, AXOLOTL.replace("1e-5", "fast").replace("cosine", "rex"))
     assert "`fast` is nothing that `lr` takes" in notes["learning_rate"] and "cosine" in notes["lr_scheduler"]
     assert value(recipe, "stage.sft.lr") == 2e-4 and "axolotl takes 2e-4" in notes["lr"]
+
+
+def test_no_value_breaks_the_recipe(tmp_path):
+    """What stands in the recipe is what the table takes: a wrong value is a note, whatever it is."""
+    wrong = ("", "nan", "1e400", "a b", "ü", "0x10", "-1", "1.2.3", "[1,2]", "ü.jsonl")
+    for tool in TOOLS.values():
+        name = next(name for name, one in TOOLS.items() if one is tool)
+        for text in wrong:
+            command = "python main.py " + " ".join(f"--{setting} {text}" for setting in tool.names)
+            result = convert(read_command(command, name))
+            path = tmp_path / "x.rlhf"
+            path.write_text(result.text, encoding="utf-8")
+            assert [d for d in load(path).diagnostics if d.severity == "error" and d.code != "E0311"] == []
 
 
 def test_the_command(tmp_path, capsys):

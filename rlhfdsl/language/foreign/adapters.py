@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rlhfdsl.language.foreign.taking import NO, Draft
+import json
+
+from rlhfdsl.language.foreign.taking import NO, Draft, value_of
 
 # What a tool takes when nothing is said. DeepSpeed-Chat divides 1 by the rank; LLaMA-Factory takes twice the rank.
 _RANK = {"TRL": "16", "LLaMA-Factory": "8"}
@@ -56,11 +58,15 @@ def _adapt(draft: Draft, engine: str, found: dict[str, tuple[str, ...]]) -> None
     policy = engine == "actor." or (not engine and draft.command.stage != "reward")
     at = f"{engine}lora."
 
+    for name in ("rank", "alpha", "dropout", "lr"):
+        if name in found and value_of("lora", name, found[name][0]) is None:
+            draft.notes.append((0, f"{at}{name}", f"`{found.pop(name)[0]}` is nothing that it takes"))
+
     def first(name: str, default: str | None = None) -> str | None:
         return found[name][0] if name in found else default
 
     rank = first("rank", _RANK.get(tool))
-    if rank is None or not rank.isdigit():
+    if rank is None:
         draft.notes.append((0, f"{at}rank", "not given; 16 stands for it"))
         rank = "16"
     values[f"{at}rank"] = rank
@@ -70,7 +76,7 @@ def _adapt(draft: Draft, engine: str, found: dict[str, tuple[str, ...]]) -> None
         values[f"{at}alpha"] = alpha
     names = [name for name in found.get("targets", ()) if name]
     if names and not (len(names) == 1 and names[0] in _ALL):
-        values[f"{at}targets"] = "[" + ", ".join(f'"{name}"' for name in names) + "]"
+        values[f"{at}targets"] = "[" + ", ".join(json.dumps(name, ensure_ascii=False) for name in names) + "]"
     dropout = first("dropout", _DROPOUT.get(tool))
     if dropout is not None and dropout.strip("0."):
         if engine == "actor.":

@@ -58,7 +58,7 @@ def read_command(text: str, tool: str | None = None) -> Command:
 
 def _is_yaml(text: str) -> bool:
     lines = [line for line in text.split("\n") if line.strip() and not line.lstrip().startswith(("#", "---"))]
-    return bool(lines) and re.match(r"[A-Za-z_][\w.]*\s*:(\s|$)", lines[0]) is not None
+    return bool(lines) and re.match(r'[A-Za-z_][\w.]*\s*:(\s|$)|\{\s*("|$)', lines[0]) is not None
 
 
 def _yaml(text: str) -> tuple[list[Given], str]:
@@ -75,7 +75,7 @@ def _yaml(text: str) -> tuple[list[Given], str]:
     for name, value in data.items():
         if value in ("", "~", "null"):
             continue  # as if it were not there
-        match = re.search(rf"^{re.escape(str(name))}\s*:", text, re.MULTILINE)
+        match = re.search(rf'^\s*"?{re.escape(str(name))}"?\s*:', text, re.MULTILINE)
         line = text.count("\n", 0, match.start()) + 1 if match is not None else 1
         settings.append(Given(str(name), tuple(_flat(value)), line))
     return settings, ""
@@ -106,7 +106,9 @@ def _shell(text: str) -> tuple[list[Given], str]:
             best = found if len(found[0]) > len(best[0]) else best
         number += 1 + line.count("\x00")
     if not best[0]:
-        raise Unreadable("there is no command with --options here")
+        file = re.search(r"\S+\.ya?ml\b", text)
+        where = f"; its settings are in {file.group()}: import that file" if file else ""
+        raise Unreadable(f"there is no command with --options here{where}")
     return best
 
 

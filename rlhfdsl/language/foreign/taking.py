@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from math import isfinite
 
 from rlhfdsl.language import schema
 from rlhfdsl.language.evaluate import Evaluator
@@ -20,6 +21,10 @@ NO = ("false", "off", "no", "0", "none", "null")
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 _DTYPES = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16", "float32": "fp32", "fp32": "fp32"}
 _BOTH = ("lr", "schedule", "warmup", "weight_decay", "grad_clip")
+_COUNTS = ("rows", "minibatches", "micro", "batch", "accumulation", "gpus", "nodes", "generation", "generations")
+# The columns of the rows that a stage reads, and which of them an `input_key` means.
+_ROLES = {"sft": ("messages",), "ppo": ("prompt",)}
+_PAIRS = ("prompt", "chosen", "rejected")
 # What a tool does when nothing is said, for settings that a recipe always says.
 _DEFAULTS = {
     "DeepSpeed-Chat": {"lr": "1e-3", "actor.lr": "9.65e-6", "critic.lr": "5e-6", "length": "512", "kl.coef": "0.1",
@@ -81,27 +86,27 @@ def take(draft: Draft, given: Given) -> None:
     if target.startswith("@"):
         _special(draft, given, target, text)
         return
-    paths = attributes_of(f"stage.{command.stage}")
     if command.stage == "ppo" and target in _BOTH:
         for role in ("actor", "critic"):
             _set(draft, given, f"{role}.{target}", text)
-    elif target in paths:
-        _set(draft, given, target, text)
     else:
-        draft.note(given, f"has no counterpart in a {command.stage} stage")
+        _set(draft, given, target, text)
 
 
 def _set(draft: Draft, given: Given, target: str, text: str) -> None:
-    """A setting of the stage, when its value is one that the table takes."""
+    """A setting of the stage, when it has it and the table takes the value."""
+    if target not in attributes_of(f"stage.{draft.command.stage}"):
+        draft.note(given, f"has no counterpart in a {draft.command.stage} stage")
+        return
     type_, _, last = f"stage.{draft.command.stage}.{target}".rpartition(".")
-    value = _value(type_, last, text)
+    value = value_of(type_, last, text)
     if value is None:
         draft.note(given, f"`{text}` is nothing that `{target}` takes")
     else:
         draft.values.setdefault(target, value)
 
 
-def _value(type_: str, name: str, text: str) -> str | None:
+def value_of(type_: str, name: str, text: str) -> str | None:
     """The text as a value of an attribute; None when the table does not take it."""
     attr = schema.definition(type_).attributes[name]
     shapes = {schema.shape(alternative) for alternative in attr.alternatives}
@@ -110,8 +115,8 @@ def _value(type_: str, name: str, text: str) -> str | None:
         text = "on" if low in _YES else "off"
     elif shapes & {"text", "source"}:
         text = f'"{text}"'
-    elif re.fullmatch(r"-?\.\d+", text):
-        text = text.replace(".", "0.", 1)
+    elif re.fullmatch(r"\.\d+|\d+\.", text):
+        text = f"{float(text):g}"
     elif re.fullmatch(r"\d+\.0*", text) and "count" in shapes:
         text = text.partition(".")[0]
     assignment, problems = parse_assignment(SourceFile("t", f"{name} = {text}"))
@@ -128,6 +133,8 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
     low = text.lower()
     ppo = draft.command.stage == "ppo"
     match kind:
+        case "recipe" | "model" | "judge" | "ptx" | "subset" | "data_split" | "columns" if not text:
+            draft.note(given, "it has no value")
         case "data":
             draft.lists["@data"] = tuple(part for value in given.values for part in value.split(",") if part)
         case "data_split":
@@ -182,21 +189,30 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
         case "offload":
             draft.values["@parallel.offload"] = "optimizer"
             draft.note(given, "written as offload = optimizer")
-        case "rows" | "subset" | "minibatches" | "micro" | "batch" | "accumulation" | "gpus" | "nodes":
-            draft.values[f"@{kind}"] = text
-        case "generation" | "generations":
-            draft.values[f"@{kind}"] = text
+        case _ if kind in _COUNTS:
+            if re.fullmatch("[1-9][0-9]{0,8}", text):
+                draft.values[f"@{kind}"] = text
+            else:
+                draft.note(given, f"`{text}` is no count")
+        case "subset":
+            draft.values["@subset"] = text
         case "lora" | "actor_lora" | "critic_lora":
             draft.lists[target] = tuple(part for value in given.values for part in value.split(","))
             if given.name == "quantization_bit" and low not in ("4", *NO):
                 draft.note(given, "the frozen weights are held in 4 bits or in their own type")
         case "columns":
-            other = "messages" if draft.command.stage == "sft" else "prompt"
-            draft.values["@columns." + (other if last == "input" else last)] = text
-        case "recipe" | "model" | "judge" | "ptx":
+            roles = _ROLES.get(draft.command.stage, _PAIRS)
+            role = roles[0] if last == "input" else last
+            if role in roles:
+                draft.values[f"@columns.{role}"] = text
+            else:
+                draft.note(given, f"rows of a {draft.command.stage} stage have no such column")
+        case "model" | "judge" | "ptx":
             draft.values[target] = text
-        case "parallel" | "critic":
-            value = _value("parallel", last, text)
+        case "recipe" if last == "output":
+            draft.values[target] = text
+        case "parallel" | "critic" | "recipe":
+            value = value_of("recipe" if kind == "recipe" else "parallel", last, text)
             if value is None:
                 draft.note(given, f"`{text}` is nothing that `{last}` takes")
             else:
@@ -205,7 +221,7 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
 
 def is_number(text: str) -> bool:
     """Whether a text is a plain number."""
-    return re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) is not None
+    return re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?", text) is not None and isfinite(float(text))
 
 
 def _spread(draft: Draft, given: Given, target: str, text: str) -> None:

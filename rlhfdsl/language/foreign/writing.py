@@ -125,15 +125,16 @@ def _data(draft: Draft) -> list[str]:
     names: list[str] = []
     blocks = []
     for path in paths:
-        word = re.sub(r"\W+", "_", path.rstrip("/").rpartition("/")[2].partition(".")[0]).strip("_").lower() or "rows"
+        last = path.rstrip("/").rpartition("/")[2].partition(".")[0]
+        word = re.sub(r"[^A-Za-z0-9_]+", "_", last).strip("_").lower() or "rows"
         word = word if not word[0].isdigit() else f"data_{word}"
         names.append(word if word not in names else f"{word}_{len(names)}")
         if command.tool == "LLaMA-Factory":
             draft.notes.append((0, path, "a name in dataset_info.json: `from` is where that file says it is"))
         own = {"from": _source(path), "format": form, "rows": _count(values.get("@rows"))}
         own |= {"subset": _quoted(values.get("@subset")), "split": _quoted(values.get("@data.split"))}
-        whole = _block(f"data {names[-1]}", own).rstrip()
-        blocks.append(whole[:-1] + f"\n{_block('columns', columns)}}}\n" if columns else whole)
+        whole = _block(f"data {names[-1]}", own)
+        blocks.append(whole.rstrip()[:-1] + f"\n{_block('columns', columns)}}}\n" if columns else whole)
     parts = dict(zip(("sft", "reward", "ppo"), map(_number, draft.lists.get("@split", ())), strict=False))
     if len(names) > 1 or parts:
         shares = _shares({name: 1.0 for name in names})
