@@ -265,6 +265,13 @@ class _Local:
             for cells in reader:
                 if head is None:
                     head = cells
+                    if len(head) == 1 and set(head[0]) & set(",;|\t"):
+                        raise self.error(
+                            codes.BROKEN_TABLE,
+                            f"the head of `{self.named}` is one cell, `{head[0]}`",
+                            "separate the cells of a .csv by commas, those of a .tsv by tabs",
+                            1,
+                        )
                     if len(set(head)) < len(head):
                         double = next(name for name in head if head.count(name) > 1)
                         raise self.error(
@@ -419,5 +426,5 @@ def _is_json(text: str) -> bool:
 def kind_of(value: Any) -> str:
     """A value's type in words, for a message."""
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
-    names[dict] = "an object"
+    names |= {dict: "an object", bytes: "bytes"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -171,6 +171,8 @@ BROKEN = [
     ("long.csv", "p,q\n1,2,3\n4,5,6\n", "E0808", "long.csv:2", "has 3 cells, its head 2", "quotes"),
     ("quote.csv", 'p,q\n"a,b\nc,d\n', "E0808", "quote.csv:2", "is no csv", "close every quote"),
     ("twice.csv", "p,p\n1,2\n", "E0808", "twice.csv:1", "two columns `p`", "rename"),
+    ("semicolons.csv", "p;q\n1;2\n", "E0808", "semicolons.csv:1", "is one cell, `p;q`", "by commas"),
+    ("commas.tsv", "p,q\n1,2\n", "E0808", "commas.tsv:1", "is one cell, `p,q`", "by tabs"),
     ("bad.parquet", "PAR1xxxx", "E0808", "bad.parquet", "no whole parquet file", "again"),
     ("plain.jsonl.gz", '{"p": "a"}\n', "E0809", "plain.jsonl.gz", "no whole gzip file", "take .gz off"),
     (
