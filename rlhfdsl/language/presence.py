@@ -71,13 +71,14 @@ def together(
             absent = need not in places and complete
             off = need in settings and settings[need].value is None
             # What a stronger layer turned off is not the weaker one's mistake, which cannot take it back.
-            if absent or (off and _strength(settings[need]) <= _strength(settings[name])):
+            if absent or (off and strength(settings[need]) <= strength(settings[name])):
                 message = f"`{name}` has no effect without `{need}`"
                 help = f"delete it, or write `{definition.attributes[need].example}`"
                 yield Diagnostic("E0311", "error", message, places[name], help=help)
 
 
-def _strength(setting: Setting) -> int:
+def strength(setting: Setting) -> int:
+    """How strong the layer is that a setting stands in."""
     return _STRENGTH[setting.origin.layer]
 
 

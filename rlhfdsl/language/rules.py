@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from rlhfdsl.language.diagnostics import Diagnostic, Label, Span
+from rlhfdsl.language.presence import strength
 from rlhfdsl.language.recipe import Block, Reference, Source
 from rlhfdsl.language.schema import definition
 from rlhfdsl.language.suggest import either, listed, nearest
@@ -162,13 +163,15 @@ def models(blocks: Blocks) -> Found:
 
 
 def revisions(blocks: Blocks) -> Found:
-    """A revision belongs to a hub id."""
+    """A revision and a subset belong to a hub id. Where a stronger layer puts a path over it, they go unused."""
     for block in blocks.values():
-        if block.kind in ("model", "data") and block.written("revision"):
-            source = block["from"]
-            if isinstance(source, Source) and source.kind == "path":
-                message = "a `revision` has no effect beside a path"
-                yield _error("E0311", message, block.setting("revision").name, "delete it")
+        source = block["from"] if block.kind in ("model", "data") else None
+        if isinstance(source, Source) and source.kind == "path":
+            for name in ("revision", "subset"):
+                beside = name in block.settings and block.written(name)
+                if beside and strength(block.setting("from")) <= strength(block.setting(name)):
+                    message = f"a `{name}` has no effect beside a path"
+                    yield _error("E0311", message, block.setting(name).name, "delete it")
 
 
 def columns(blocks: Blocks) -> Found:

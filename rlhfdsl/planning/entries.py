@@ -152,7 +152,7 @@ def data(block: Block) -> dict[str, Any]:
     columns = block.blocks.get("columns")
     return {
         "from": source(block["from"], block["revision"]),
-        "subset": block["subset"],
+        "subset": block["subset"] if block["from"].kind == "hub" else None,
         "split": block["split"],
         "format": block["format"],
         "turns": block["turns"] or "none",

@@ -56,6 +56,16 @@ def test_what_excludes_another_takes_away_what_stands_only_beside_it(tmp_path):
     assert [problem.code for problem in kept.diagnostics] == ["E0311"]
 
 
+def test_a_path_over_a_hub_id_leaves_its_revision_unused(tmp_path):
+    base = (CORPUS / "ok" / "three-stages.rlhf").read_text(encoding="utf-8")
+    base = base.replace('"facebook/opt-1.3b", dtype', '"facebook/opt-1.3b", revision = "main", dtype')
+    (tmp_path / "base.rlhf").write_text(base, encoding="utf-8")
+    sets = ["model.base.from=./own", "data.wiki.from=./wiki.parquet"]  # which has a subset
+    assert value(ok(tmp_path / "base.rlhf", sets=sets), "model.base.from").kind == "path"
+    again = load(tmp_path / "base.rlhf", sets=[*sets, "data.wiki.subset=x"])
+    assert [problem.code for problem in again.diagnostics] == ["E0311"]
+
+
 def test_imported_names_have_the_import_in_front():
     recipe = ok()
     assert value(recipe, "stage.sft.model") == Reference("model.m.small")
