@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import sys
 from pathlib import Path
 
-from rlhfdsl.cli.common import say, show_user_error
+from rlhfdsl.cli.common import from_zero, say, show_user_error
 from rlhfdsl.cli.planned import positive
 from rlhfdsl.cli.saving import read_plan
 from rlhfdsl.language.diagnostics import UserError, first_line
@@ -25,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", help="the stage whose policy answers, e.g. sft (default: the last one)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights of that stage")
     parser.add_argument(
-        "--temperature", type=temperature, default=1.0, metavar="T", help="0 takes the most likely token (default 1.0)"
+        "--temperature", type=from_zero, default=1.0, metavar="T", help="0 takes the most likely token (default 1.0)"
     )
     parser.add_argument("--tokens", type=positive, default=256, metavar="N", help="longest answer (default 256)")
     parser.add_argument("--system", help="a system message to start with")
@@ -39,17 +38,6 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         show_user_error(error, None)
         return 1
-
-
-def temperature(text: str) -> float:
-    """A temperature, from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"takes a number from 0, not `{text}`")
-    return value
 
 
 def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:

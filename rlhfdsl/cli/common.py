@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,17 @@ def say(text: str) -> None:
 def use_colour(stream: TextIO) -> bool:
     """Colour on a terminal, unless NO_COLOR or TERM=dumb forbids it."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def from_zero(text: str) -> float:
+    """A number of an option, from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"takes a number from 0, not `{text}`")
+    return value
 
 
 def fail(message: str) -> NoReturn:

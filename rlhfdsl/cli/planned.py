@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhfdsl.cli.common import ERROR, add_recipe_options, compile_recipe, fail, say, show
+from rlhfdsl.cli.common import ERROR, add_recipe_options, compile_recipe, fail, from_zero, say, show
 from rlhfdsl.cli.packages import absent
 from rlhfdsl.language import Compilation, Diagnostic, Recipe, UserError
 from rlhfdsl.planning import checkpoints, checks, compile, hardware, lock, scorers
@@ -62,7 +62,7 @@ def add_plan_options(
         "--host-memory", type=_gib, metavar="GIB",
         help="memory of each node, for offload (default: this machine's, where its GPU is the target)",
     )  # fmt: skip
-    target.add_argument("--price", type=_price, metavar="USD", help="of a GPU and hour, in place of the catalog's")
+    target.add_argument("--price", type=from_zero, metavar="USD", help="of a GPU and hour, in place of the catalog's")
 
 
 def add_lock_options(parser: argparse.ArgumentParser) -> None:
@@ -193,7 +193,7 @@ def target_of(recipe: Recipe, args: argparse.Namespace) -> hardware.Target | Dia
     is a diagnostic in a recipe."""
     cluster = next(iter(recipe.of_kind("cluster")), None)
     if args.gpu is not None and not hardware.known(args.gpu) and not hardware.is_profile(args.gpu):
-        fail(f"`{args.gpu}` is not in the catalog of GPUs: {', '.join(hardware.catalog())}, cpu")
+        fail(f"`{args.gpu}` is not in the catalog of GPUs: {hardware.meant(args.gpu)}")
     written = None
     if cluster is not None:
         if args.gpu is None and cluster["gpu"] is not None and not hardware.known(cluster["gpu"]):
@@ -248,13 +248,6 @@ def _tell(address: str) -> None:
 def _gib(text: str) -> int:
     """`512`, in GiB, as bytes."""
     return positive(text) << 30
-
-
-def _price(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError("takes a number from 0")
-    return value
 
 
 def positive(text: str) -> int:

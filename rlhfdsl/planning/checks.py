@@ -16,7 +16,7 @@ from rlhfdsl.planning import advice, checkpoints
 from rlhfdsl.planning.batches import Misfit, nearest_divisor, remainder
 from rlhfdsl.planning.entries import Model
 from rlhfdsl.planning.families import FAMILIES
-from rlhfdsl.planning.hardware import Target, catalog
+from rlhfdsl.planning.hardware import Target, meant
 from rlhfdsl.planning.layout import Fit, Need, Part, Rollout
 from rlhfdsl.planning.problems import Problems
 from rlhfdsl.planning.timing import Work
@@ -59,8 +59,7 @@ CODES = {
 def unknown_gpu(recipe: Recipe, name: str, at: str) -> Diagnostic:
     """What to say of a GPU that the catalog does not list."""
     problems = Problems(recipe)
-    listed = ", ".join((*catalog(), "cpu"))
-    problems.report("E0714", f"`{name}` is not in the catalog of GPUs", at, help=f"one of {listed}")
+    problems.report("E0714", f"`{name}` is not in the catalog of GPUs", at, help=meant(name))
     return problems.found[0]
 
 

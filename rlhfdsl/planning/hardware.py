@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlhfdsl.language.suggest import listed
 from rlhfdsl.planning import rates
 from rlhfdsl.planning.rates import Rates
 
@@ -89,6 +90,12 @@ def catalog() -> dict[str, dict[str, Any]]:
 def known(name: str) -> bool:
     """Whether `name` is a GPU of the catalog, or `cpu`."""
     return name == "cpu" or name in catalog()
+
+
+def meant(name: str) -> str:
+    """What to write for a name that the catalog does not have."""
+    near = [known for known in catalog() if known.startswith(name.lower())]
+    return f"did you mean {listed(near)}?" if near else f"one of {', '.join(catalog())}, cpu"
 
 
 def detect() -> Target:

@@ -144,10 +144,15 @@ def test_a_broken_lock_is_refused(capsys, recipe):
 
 def test_unknown_gpus(capsys, recipe):
     code, _, err = rlhf(capsys, "plan", recipe, "--gpu", "a100")
-    assert code == 2 and "not in the catalog" in err
+    assert code == 2 and "not in the catalog of GPUs: did you mean `a100-40g`, `a100-80g`?" in err
     recipe.write_text(RECIPE + 'cluster node { gpus = 8, gpu = "a100" }\n')
     code, _, err = rlhf(capsys, "plan", recipe)
-    assert code == 1 and "error[E0714]" in err and '"a100"' in err
+    assert code == 1 and "error[E0714]" in err and '"a100"' in err and "did you mean `a100-40g`" in err
+
+
+def test_a_price_is_a_number(capsys, recipe):
+    code, _, err = rlhf(capsys, "plan", recipe, "--price", "x")
+    assert code == 2 and err.endswith("argument --price: takes a number from 0, not `x`\n")
 
 
 def test_overrides(capsys, recipe):

@@ -386,7 +386,8 @@ def test_unknown_gpu(shop):
     recipe = shop.recipe(CLUSTER.replace("a100-80g", "a100") + sft("batch = 8, length = 64, lr = 1e-3"))
     found = checks.unknown_gpu(recipe, "a100", "cluster.node.gpu")
     assert said(found)[:2] == ("E0714", "`a100` is not in the catalog of GPUs")
-    assert found.help.startswith("one of v100-32g, a6000-48g") and shop.text_at(found) == '"a100"'
+    assert found.help == "did you mean `a100-40g`, `a100-80g`?" and shop.text_at(found) == '"a100"'
+    assert checks.unknown_gpu(recipe, "tpu", "cluster.node.gpu").help.startswith("one of v100-32g, a6000-48g")
 
 
 def test_warnings(shop):
