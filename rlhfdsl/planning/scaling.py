@@ -94,6 +94,8 @@ def sizes(points: Sequence[Point]) -> str:
     rows = [["model", *_HEAD, "ZeRO"]]
     for p in points:
         rows.append([p.name, p.error, "", "", "", "", ""] if p.error is not None else [p.name, *_cells(p), p.layout])
+    if any(p.error is None and p.peak is None for p in points):
+        return _text(rows) + "\nwhich of them fits is not known: `rlhf lock` reads what the plans lack\n"
     fitting = [at for at, p in enumerate(points) if p.error is None]
     last = f"largest: {points[fitting[-1]].name}" if fitting else "none of them fits"
     after = points[fitting[-1] + 1 if fitting else 0 :]

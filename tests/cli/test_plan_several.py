@@ -41,6 +41,12 @@ def test_the_largest_of_a_family(capsys):
     assert "largest: Qwen/Qwen2.5-" in capsys.readouterr().out
 
 
+def test_what_fits_is_unknown_beside_a_model_of_unknown_size(capsys):
+    assert main([*BASE, "--gpus", "1", "--largest", "actor", "--set", "model.judge.from=org/strange"]) == 0
+    out = capsys.readouterr().out
+    assert "largest:" not in out and "which of them fits is not known: `rlhf lock` reads" in out
+
+
 def test_the_memory_of_the_host_bounds_what_offload_makes_room_for(capsys):
     """At ZeRO 2 with offload of the optimizer a node holds at least 16 bytes for each parameter that trains."""
     points = plans(capsys, "--gpus", "1", "--largest", "actor", "--host-memory", "200")
