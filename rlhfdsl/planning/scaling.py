@@ -54,7 +54,8 @@ def point(name: str, plan: Json | None, found: Sequence[Diagnostic], target: Tar
         return Point(name, target.world, host_usable=usable, bound=bound, error=errors[0] + more)
     time = plan["time"] or {"seconds": None, "cost": None}
     memories = [stage["memory"] for stage in plan["stages"]]
-    tightest = max(memories, key=lambda one: one["peak"] or 0)
+    tightest = next((one for one in memories if one["peak"] is None), None)  # it may be that one
+    tightest = tightest or max(memories, key=lambda one: one["peak"])
     host = max((one["host"] or 0 for one in memories), default=0)
     return Point(
         name, target.world, time["seconds"], time["cost"], tightest["peak"], tightest["usable"], host, usable,
