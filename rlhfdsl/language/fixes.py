@@ -31,7 +31,7 @@ def fix(
             break
         fixed = apply(source.text, edits)
         after = load(path, overlay=_instead(path, fixed, overlay))
-        if _errors(after) > _errors(compilation):
+        if _left(after) > _left(compilation):
             break
         text, compilation = fixed, after
         mended += chosen
@@ -65,5 +65,7 @@ def _choose(compilation: Compilation, file: str, only: str | None) -> tuple[list
     return chosen, edits
 
 
-def _errors(compilation: Compilation) -> int:
-    return sum(diagnostic.severity == "error" for diagnostic in compilation.diagnostics)
+def _left(compilation: Compilation) -> tuple[bool, int]:
+    """Whether brackets do not pair up, for then no other mistakes are told, and the number of errors."""
+    misnested = compilation.document is not None and compilation.document.misnested
+    return misnested, sum(diagnostic.severity == "error" for diagnostic in compilation.diagnostics)

@@ -41,6 +41,13 @@ def test_everything_with_one_way_out_is_mended(wrong, capsys):
     assert main(["fix", str(wrong)]) == 0 and capsys.readouterr().out == f"{wrong}: 0 mended, 0 left\n"
 
 
+def test_a_brace_is_mended_before_what_it_hid(wrong, capsys):
+    """While brackets do not pair, nothing else is told: a fix that brings other mistakes to light is a step on."""
+    wrong.write_text(WRONG.replace("heads = 2, dtype = \"fp32\" }", "heads = 2, dtype = fp32"), encoding="utf-8")
+    assert main(["fix", str(wrong)]) == 0
+    assert wrong.read_text(encoding="utf-8") == RIGHT and ": 6 mended, 0 left" in capsys.readouterr().out
+
+
 def test_diff_writes_nothing(wrong, capsys):
     assert main(["fix", "--diff", str(wrong)]) == 0
     out = capsys.readouterr().out
