@@ -81,7 +81,7 @@ class _Recovery:
         """The next token, behind a `}` that is known to be missing before it. Raises Unexpected."""
         while self.missing and self.missing[0].before <= self.parser.at:
             lacks = self.missing.pop(0)
-            self.wording.unclosed(lacks.opener, lacks.at, lacks.text)
+            self.wording.unclosed(Token("LBRACE", "{", lacks.opener), lacks.at, lacks.text)
             if self.accepts("RBRACE"):
                 self.parser.feed(Token("RBRACE", "}", lacks.before, lacks.before))
                 self.parser.feed(Token("_NL", "\n", lacks.before, lacks.before))
@@ -115,14 +115,14 @@ class _Recovery:
             if opener is None:
                 self.wording.describe(error)
                 return False
-            self.wording.unclosed(opener.start_pos)
+            self.wording.unclosed(opener)
             return self.close_blocks(len(self.text))
         at = error.at
         line = self.text.rfind("\n", 0, at) + 1
         fresh = not self.text[line:at].strip() and (_STATEMENT.match(self.text, line) or self.text[at] == "}")
         # A new statement on a new line inside an open list: the list is to blame, not the statement.
         if fresh and opener is not None and opener.type != "LBRACE":
-            self.wording.unclosed(opener.start_pos, self.wording.last_code(line))
+            self.wording.unclosed(opener, self.wording.last_code(line))
             return self.skip(at, resume_here=True)
         code = self.wording.describe(error, opener)
         if error.token is not None and self.repair(error.token, code):
@@ -217,7 +217,7 @@ class _Recovery:
         """Close the open blocks before a block that can only stand at the top level."""
         opener = self.innermost()
         if opener is not None and TOP.match(self.text, token.start_pos):
-            self.wording.unclosed(opener.start_pos)
+            self.wording.unclosed(opener)
             self.close_blocks(token.start_pos)
 
     def close_blocks(self, at: int) -> bool:

@@ -120,17 +120,16 @@ class Wording:
         span = Span(self.source.name, min(start, len(self.source.text)), end)
         self.problems.append(Diagnostic(code, "error", message, span, **more))
 
-    def unclosed(self, opener: int, at: int | None = None, closing: str = "") -> None:
+    def unclosed(self, opener: Token, at: int | None = None, closing: str = "") -> None:
         """An opening bracket without its partner, which is to be written at `at`, as `closing`, where that is known."""
-        bracket = self.text[opener]
-        partner = _PARTNERS[bracket]
+        start, partner = opener.start_pos, _PARTNERS[opener]
         help, fixes = f"write its `{partner}` where the block ends", list[Fix]()
         if at is not None:
             where = "below" if closing.startswith("\n") else "at the end of"
             help = f"write `{partner}` {where} line {self.source.position(at)[0]}"
             fixes = [Fix(help, (Edit(Span(self.source.name, at, at), closing or partner),))]
-        message = f"this `{bracket}` is never closed"
-        self.add("E0107", message, opener, opener + 1, label="opened here", help=help, fixes=tuple(fixes))
+        message = f"this `{opener}` is never closed"
+        self.add("E0107", message, start, start + 1, label="opened here", help=help, fixes=tuple(fixes))
 
     def extra(self, at: int) -> None:
         """A brace that is one too many."""

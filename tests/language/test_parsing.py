@@ -152,6 +152,7 @@ data d {
         ("s p {\n actor model = x.y, lr = 1 }\n b { }\n}\n", ["E0112"]),
         ("s p {\n { model = x.y, lr = 1 }\n b { }\n}\n", ["E0101"]),
         ("s p {\n a { x = 1 } b {\n  y = 2\n }\n}\n", ["E0113"]),
+        ("r\n  b = 1\nmodel b { y = 2 }\n", ["E0112", "E0107"]),
         ("s p {\n a: 1\n b = [1 2]\n c = 1,, d = 2\n}\n", ["E0106", "E0104", "E0114"]),
     ],
 )
