@@ -82,7 +82,7 @@ class _Recovery:
         while self.missing and self.missing[0].before <= self.parser.at:
             lacks = self.missing.pop(0)
             self.wording.unclosed(Token("LBRACE", "{", lacks.opener), lacks.at, lacks.text)
-            if self.accepts("RBRACE"):
+            while self.accepts("RBRACE") and (opener := self.innermost()) and opener.start_pos >= lacks.opener:
                 self.parser.feed(Token("RBRACE", "}", lacks.before, lacks.before))
                 self.parser.feed(Token("_NL", "\n", lacks.before, lacks.before))
         return self.parser.token()
