@@ -333,7 +333,7 @@ class _Parser:
                     codes.MESSAGES,
                     f"message {count} of `{column}` has the role {json.dumps(role, default=str)}",
                     number,
-                    "the roles are system, user and assistant",
+                    "the roles are system, user and assistant; leave out rows with other turns, such as a tool's",
                 )
             if isinstance(content, list) and all(
                 isinstance(p, dict) and p.get("type") == "text" for p in content
@@ -344,7 +344,7 @@ class _Parser:
                     codes.MESSAGES,
                     f"the content of message {count} of `{column}` is {kind_of(content)}, not text",
                     number,
-                    "only text can be read",
+                    "only text can be read; leave out rows in which a tool is called or an image is shown",
                 )
             found.append({"role": role, "content": content})
         return found

@@ -197,7 +197,7 @@ BAD_ROWS = [
         "E0812",
         "from",
         'message 1 of `prompt` has the role "tool"',
-        "system, user and assistant",
+        "leave out rows with other turns, such as a tool's",
     ),
     (
         "content",
@@ -207,7 +207,7 @@ BAD_ROWS = [
         "E0812",
         "from",
         "the content of message 1 of `prompt` is null",
-        "text",
+        "leave out rows in which a tool is called",
     ),
     (
         "image",
