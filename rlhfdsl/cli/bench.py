@@ -165,13 +165,18 @@ def _model(device: str, dtype: torch.dtype, numbers: Json) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from rlhfdsl.engines import norms
+
     config = LlamaConfig(
         vocab_size=numbers["vocab"], hidden_size=numbers["hidden"], intermediate_size=numbers["intermediate"],
         num_hidden_layers=numbers["layers"], num_attention_heads=numbers["heads"],
         max_position_embeddings=numbers["context"],
     )  # fmt: skip
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=dtype)
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    if device == "cuda":
+        norms.in_one_kernel(model)  # as an engine does
+    return model
 
 
 def _training(device: str, dtype: torch.dtype, fast: bool) -> float:

@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from rlhfdsl.engines import gradients, passes
+from rlhfdsl.engines import gradients, norms, passes
 from rlhfdsl.engines.resting import Resting
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.language.diagnostics import UserError
@@ -48,6 +48,8 @@ class Engine:
         )
         self.device = self.deepspeed.device
         passes.without_masks(self.module)
+        if self.device.type == "cuda":
+            norms.in_one_kernel(self.module)
         gradients.in_few_passes(self.deepspeed.optimizer)
         if spec["trains"] and spec["zero"] == 0:
             self.deepspeed.clip_fp32_gradients = self._clip

@@ -109,7 +109,7 @@ def _place(
     sampling = None
     if rollout is not None:
         actor_need = next(n for n in needs if n.name == "actor")
-        sampling = generation.at_once(actor_need, stages["actor"][0], states["actor"], rollout, room, target.gpus)
+        sampling = generation.at_once(actor_need, stages["actor"][0], states["actor"], rollout, room, target)
     free = room if room is None or sampling is None else room - sampling.kept
     placed: list[Placement] = []
     for n in needs:

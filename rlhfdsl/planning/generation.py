@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from rlhfdsl.planning import memory, shards
 from rlhfdsl.planning.batches import divisors
+from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Need, Rollout, Sampling
 
 KEPT = 2  # what stays between rollouts may take a half of what model states leave free
 
 
 def at_once(
-    actor: Need, zero: int, states: memory.States | None, rollout: Rollout, room: int | None, gpus: int
+    actor: Need, zero: int, states: memory.States | None, rollout: Rollout, room: int | None, target: Target
 ) -> Sampling | None:
     """The most sequences that fit in `room` bytes beside all that stays; None when the actor's size is unknown.
 
-    gpus: devices of a node. A graph over weights in place keeps its cache where that is at most half of the room; else
+    A graph over weights in place keeps its cache where that is at most half of the room; else
     it gives it back after each rollout. A copy of the weights, which is made anew for each rollout, lies on the number
     of devices and is kept or given back as holds the most sequences at once, of equals the fewest devices and kept.
     Where no graph has room, eager samples if it may.
@@ -29,7 +30,7 @@ def at_once(
         graph, copy = engine == "graph", 0
         cache, whole = memory.generation(
             shards.part(shape, tensor), rows=rows * tensor, prompt=rollout.prompt, length=rollout.length,
-            dtype=actor.dtype, eager=actor.eager, graph=graph,
+            dtype=actor.dtype, eager=actor.eager, graph=graph, device=target.device,
         )  # fmt: skip
         if graph and (zero == 3 or tensor > 1):
             copy = memory.BYTES[actor.dtype] * shards.held(shape, states.parameters, tensor)
@@ -44,7 +45,7 @@ def at_once(
         return None
 
     if rollout.engine == "graph":
-        sizes = [rollout.tensor] if rollout.tensor is not None else _sizes(actor, zero, gpus)
+        sizes = [rollout.tensor] if rollout.tensor is not None else _sizes(actor, zero, target.gpus)
         kept = (False,) if rollout.free_cache else (True, False)
         found = [way for size in sizes for stays in kept if (way := most("graph", size, stays)) is not None]
         if found:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhfdsl.planning import families
 from rlhfdsl.planning.adapters import Lora, linears
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.deepspeed_config import LIVE, bucket_size
-from rlhfdsl.planning.families import FAMILIES, Family
+from rlhfdsl.planning.families import Family
 
 USABLE = 0.9  # the share of a device, and of the memory of a node, that a plan may fill
 CHUNK = 1 << 26  # bytes of fp32 logits at once on a CPU, as in training/losses.py
@@ -141,7 +142,7 @@ def buckets(count: int, *, dtype: str, zero: int, elements: int | None = None) -
     return 0 if zero == 0 else (elements or bucket_size(count)) * BYTES[dtype] * (2 if zero == 2 else 1)
 
 
-def layer_tokens(s: Shape, length: int, dtype: str, eager: bool, lora: Lora | None = None) -> int:
+def layer_tokens(s: Shape, length: int, dtype: str, eager: bool, device: str, lora: Lora | None = None) -> int:
     """Bytes that one layer keeps for the backward pass of each token of sequences of `length`.
 
     With e bytes for an element: e for each of the queries, the keys (both after rotation), the values and the
@@ -149,7 +150,7 @@ def layer_tokens(s: Shape, length: int, dtype: str, eager: bool, lora: Lora | No
     repeated to the queries' width, and its scores; other attention has no mask (engines/passes.py).
     """
     e = BYTES[dtype]
-    family = FAMILIES.get(s.type, FAMILIES["llama"])
+    family = families.on(device, s.type)
 
     def bytes_of(pair: tuple[int, int]) -> int:
         return pair[0] * e + pair[1]
@@ -201,7 +202,7 @@ def activations(
     On a CPU the loss makes its fp32 copy in chunks of CHUNK bytes, of which three live at once.
     """
     e, tokens = BYTES[dtype], sequences * length
-    layer = layer_tokens(s, length, dtype, eager, lora if trains else None)
+    layer = layer_tokens(s, length, dtype, eager, device, lora if trains else None)
     if not trains:
         kept = layer
     elif checkpointing:
@@ -221,7 +222,7 @@ def kv_cache(s: Shape, *, sequences: int, length: int, dtype: str) -> int:
 
 
 def generation(
-    s: Shape, *, rows: int, prompt: int, length: int, dtype: str, eager: bool, graph: bool
+    s: Shape, *, rows: int, prompt: int, length: int, dtype: str, eager: bool, graph: bool, device: str
 ) -> tuple[int, int]:
     """(cache, all) bytes of sampling `rows` sequences at once, from `prompt` tokens to `length`.
 
@@ -235,9 +236,9 @@ def generation(
         cache = kv_cache(s, sequences=rows, length=length, dtype=dtype)
         cache += cache // s.layers
         masked = 0 if eager else BYTES[dtype] * (prompt + 2 * (s.q_width - s.kv_width))
-        prefill = rows * prompt * (layer_tokens(s, prompt, dtype, eager) + masked)
+        prefill = rows * prompt * (layer_tokens(s, prompt, dtype, eager, device) + masked)
         draw = rows * s.vocab * (2 * BYTES[dtype] + DRAW)
         return cache, cache + max(prefill, draw)
     cache = kv_cache(s, sequences=rows, length=-(-length // COLUMNS) * COLUMNS, dtype=dtype)
-    prefill = min(rows * prompt, max(PREFILL, prompt)) * layer_tokens(s, prompt, dtype, False)
+    prefill = min(rows * prompt, max(PREFILL, prompt)) * layer_tokens(s, prompt, dtype, False, device)
     return cache, cache + max(prefill, 2 * rows * s.vocab * BYTES[dtype])

@@ -109,6 +109,6 @@ def _products(profile: Mapping[str, Any], dtype: str) -> float:
     assert shape is not None
     flops = 6 * (catalog.parameters(shape) or 0)  # of a token, as the bench counts
     whole = flops / (measured["train_tflops"] * 1e12)
-    moved = shape.layers * (1 + traffic.BACKWARD) * traffic.layer(shape, 0, dtype, eager=False)
+    moved = shape.layers * (1 + traffic.BACKWARD) * traffic.layer(shape, 0, dtype, False, profile["device"])
     least = flops / (measured["matmul_tflops"] * 1e12)
     return float(min(1.0, least / max(whole - moved / (profile["copy_gb"] * 1e9), least)))

@@ -212,7 +212,9 @@ class _Clock:
     def moved(self, length: float, said: float, forwards: int, train: bool) -> float:
         """Bytes for each token of passes, beside matrix products."""
         need = self.placed.need
-        layer = (forwards + traffic.BACKWARD * train) * traffic.layer(self.shape, length, need.dtype, need.eager)
+        layer = (forwards + traffic.BACKWARD * train) * traffic.layer(
+            self.shape, length, need.dtype, need.eager, self.target.device
+        )
         if need.lora is not None:
             layer += forwards * traffic.adapters(need.lora, need.dtype, backward=False)
             layer += traffic.adapters(need.lora, need.dtype, backward=True) * train

@@ -6,6 +6,7 @@ optimizers of DeepSpeed 0.19.8; each says what it counts. An operator reads its 
 
 from __future__ import annotations
 
+from rlhfdsl.planning import families
 from rlhfdsl.planning.adapters import Lora, linears
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.families import FAMILIES
@@ -37,10 +38,10 @@ SUM_LAUNCHES_AT_ONCE, STEP_LAUNCHES_AT_ONCE = 2, 1
 LAYER_LAUNCHES = 30  # kernels of a layer's forward pass (OPT), by which the host's seconds for a layer are those of one
 
 
-def layer(s: Shape, length: float, dtype: str, eager: bool) -> float:
+def layer(s: Shape, length: float, dtype: str, eager: bool, device: str) -> float:
     """Bytes that the forward pass of one layer moves for each token of sequences of `length`."""
     e = BYTES[dtype]
-    family = FAMILIES.get(s.type, FAMILIES["llama"])
+    family = families.on(device, s.type)
 
     def of(pair: tuple[int, int], width: int) -> int:
         return (pair[0] * e + pair[1]) * width

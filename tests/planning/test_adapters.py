@@ -89,7 +89,7 @@ def test_a_frozen_layer_keeps_what_autograd_saves(kind):
         layers = chosen(targets, linears(shape(numbers)))
         lora = entry(targets=[layer.path for layer in layers])
         two, three = (saved(numbers | {"layers": count}, "bf16", eager, lora=lora) for count in (3, 4))
-        expected = layer_tokens(shape(numbers), 64, "bf16", eager, Lora(lora, layers, None))
+        expected = layer_tokens(shape(numbers), 64, "bf16", eager, "cpu", Lora(lora, layers, None))
         assert expected == pytest.approx(three - two, rel=0.02), targets
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 from shapes import model_of, plain_linear, tiny
 
+from rlhfdsl.planning.adapters import Lora, linears
 from rlhfdsl.planning.catalog import shape
 from rlhfdsl.planning.families import FAMILIES
 from rlhfdsl.planning.memory import activations, buckets, gathered, generation, kv_cache, layer_tokens, states
@@ -78,8 +79,8 @@ SMALL = shape(
 
 def test_activations():
     common = {"sequences": 2, "length": 5, "dtype": "bf16", "head": "scalar", "eager": False, "device": "cuda"}
-    # 2 e (q + kv) + (4 e + 8) h + 4 e i for each token and layer
-    layer = 2 * 2 * (8 + 4) + (4 * 2 + 8) * 8 + 4 * 2 * 20
+    # 2 e (q + kv) + 4 e h + 4 e i for each token and layer; norms are one kernel
+    layer = 2 * 2 * (8 + 4) + 4 * 2 * 8 + 4 * 2 * 20
     assert activations(SMALL, **common, trains=True, checkpointing=False) == 10 * 3 * layer
     assert activations(SMALL, **common, trains=True, checkpointing=True) == 10 * (3 * 16 + layer)
     assert activations(SMALL, **common, trains=False, checkpointing=False) == 10 * layer
@@ -89,7 +90,8 @@ def test_activations():
     causal = activations(SMALL, **{**common, "head": "none"}, trains=True, checkpointing=True)
     assert causal == 10 * (3 * 16 + layer + 50 * 4)  # logits and their gradient in bf16
     chunked = activations(SMALL, **{**common, "head": "none", "device": "cpu"}, trains=True, checkpointing=True)
-    assert chunked == causal + 3 * 10 * 50 * 4  # three fp32 copies for the loss
+    # three fp32 copies for the loss; norms in fp32
+    assert chunked == causal + 3 * 10 * 50 * 4 + 10 * 8 * 8
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -100,17 +102,37 @@ def test_a_layer_keeps_what_autograd_saves(kind, dtype):
     numbers |= {"intermediate": 1024} | ({"head_dim": 96} if "head_dim" in numbers else {})
     eager = not FAMILIES[kind].sdpa
     counted = saved(numbers | {"layers": 4}, dtype, eager) - saved(numbers | {"layers": 3}, dtype, eager)
-    assert layer_tokens(shape(numbers), 64, dtype, eager) == pytest.approx(counted, rel=0.05)
+    assert layer_tokens(shape(numbers), 64, dtype, eager, "cpu") == pytest.approx(counted, rel=0.05)
 
 
-def saved(numbers, dtype, eager, rows=2, length=64, lora=None):
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", sorted(kind for kind, family in FAMILIES.items() if family.gated and family.sdpa))
+def test_on_a_gpu_a_norm_keeps_its_input_alone(kind, adapted):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    numbers = tiny(kind) | {"hidden": 256, "context": 128, "kv_heads": 2, "intermediate": 1024}
+    numbers |= {"head_dim": 96} if "head_dim" in numbers else {}
+    layers = linears(shape(numbers))
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": [x.path for x in layers], "lr": None} if adapted else None
+    three, four = (saved(numbers | {"layers": n}, "bf16", False, lora=lora, device="cuda") for n in (3, 4))
+    known = None if lora is None else Lora(lora, layers, None)
+    assert layer_tokens(shape(numbers), 64, "bf16", False, "cuda", known) == pytest.approx(four - three, rel=0.05)
+
+
+def saved(numbers, dtype, eager, rows=2, length=64, lora=None, device="cpu"):
     """Bytes that autograd saves for each token of a forward pass, parameters and buffers apart; lora: with adapters."""
     import torch
 
+    from rlhfdsl.engines.norms import in_one_kernel
     from rlhfdsl.engines.passes import without_masks
 
-    model = model_of(numbers, dtype, eager, lora)
+    model = model_of(numbers, dtype, eager, lora).to(device)
     without_masks(model)
+    if device == "cuda":
+        in_one_kernel(model)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -120,9 +142,10 @@ def saved(numbers, dtype, eager, rows=2, length=64, lora=None):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
         return tensor
 
-    mask = torch.ones(rows, length, dtype=torch.long)
+    mask = torch.ones(rows, length, dtype=torch.long, device=device)
     mask[0, -8:] = 0
-    places = {} if numbers["type"] == "bloom" else {"position_ids": torch.arange(length).expand(rows, length)}
+    columns = torch.arange(length, device=device).expand(rows, length)
+    places = {} if numbers["type"] == "bloom" else {"position_ids": columns}
     with plain_linear(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.base_model(torch.ones_like(mask), attention_mask=mask, use_cache=False, **places)
     return sum(size for size, _ in kept.values()) / (rows * length)
@@ -131,20 +154,20 @@ def saved(numbers, dtype, eager, rows=2, length=64, lora=None):
 def test_generation():
     """Keys and values of 2 rows, one of 3 layers twice; then the larger of the prompts' layer and a draw."""
     cache = 2 * 3 * 4 * 2 * 10
-    given = {"prompt": 3, "length": 5, "dtype": "bf16", "eager": False}
+    given = {"prompt": 3, "length": 5, "dtype": "bf16", "eager": False, "device": "cpu"}
     grown = cache + cache // 3
     assert generation(SMALL, rows=2, graph=False, **given) == (grown, grown + 2 * 50 * 40)
     long = generation(SMALL, rows=2, graph=False, **given | {"prompt": 9, "length": 10})
     # a mask of 9 positions, and keys and values of 8 in place of 4
-    assert long[1] - long[0] == 2 * 9 * (layer_tokens(SMALL, 9, "bf16", False) + 2 * 9 + 2 * 2 * 4)
+    assert long[1] - long[0] == 2 * 9 * (layer_tokens(SMALL, 9, "bf16", False, "cpu") + 2 * 9 + 2 * 2 * 4)
     assert kv_cache(SMALL, sequences=2, length=5, dtype="bf16") == cache
 
 
 def test_generation_by_graph():
     """A cache of 64 columns from the start; then the larger of 2 x 3 tokens of a layer and the logits twice."""
     cache = 2 * 3 * 4 * 2 * 2 * 64
-    found = generation(SMALL, rows=2, prompt=3, length=5, dtype="bf16", eager=False, graph=True)
-    assert found == (cache, cache + max(6 * layer_tokens(SMALL, 3, "bf16", False), 2 * 2 * 50 * 2))
+    found = generation(SMALL, rows=2, prompt=3, length=5, dtype="bf16", eager=False, graph=True, device="cpu")
+    assert found == (cache, cache + max(6 * layer_tokens(SMALL, 3, "bf16", False, "cpu"), 2 * 2 * 50 * 2))
 
 
 def test_what_stays_and_what_passes():

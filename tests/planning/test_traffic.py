@@ -70,7 +70,7 @@ def test_a_layer_moves_what_its_operators_read_and_write(kind, dtype):
     numbers |= {"head_dim": 96} if "head_dim" in numbers else {}
     eager = not FAMILIES[kind].sdpa
     forward, backward = of_a_layer(numbers, dtype, eager)
-    assert traffic.layer(shape(numbers), 64, dtype, eager) == pytest.approx(forward, rel=0.1)
+    assert traffic.layer(shape(numbers), 64, dtype, eager, "cpu") == pytest.approx(forward, rel=0.1)
     assert traffic.BACKWARD * forward == pytest.approx(backward, rel=0.25)
 
 

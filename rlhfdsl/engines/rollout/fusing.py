@@ -50,17 +50,17 @@ def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
     """While open, the model's forward launches fewer kernels. compiled: also those that need a compiler."""
     restore: list[Callable[[], None]] = []
 
-    def patch(holder: object, name: str, value: object, own: bool) -> None:
-        before = getattr(holder, name)
+    def patch(holder: object, name: str, value: object) -> None:
+        own, before = name in vars(holder), getattr(holder, name)
         setattr(holder, name, value)
         restore.append(partial(setattr, holder, name, before) if own else partial(delattr, holder, name))
 
     try:
         # DeepSpeed leaves a `linear` of its own in torch after an engine at ZeRO 3: more kernels, and gradients
-        patch(functional, "linear", torch._C._nn.linear, True)
+        patch(functional, "linear", torch._C._nn.linear)
         for product in products(model):
             for layer in product.layers:
-                patch(layer, "forward", partial(product.part, layer), False)
+                patch(layer, "forward", partial(product.part, layer))
         if not compiled:
             yield
             return
@@ -71,10 +71,10 @@ def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
             if type(module).__name__.endswith("Norm") and not list(module.children()):
                 forward = _norm(module, mode)
                 if forward is not None:
-                    patch(module, "forward", forward, False)
+                    patch(module, "forward", forward)
         for place in {sys.modules[type(module).__module__] for module in model.modules()}:
             if hasattr(place, ROTARY):
-                patch(place, ROTARY, partial(_call, mode, _compiled(getattr(place, ROTARY))), True)
+                patch(place, ROTARY, partial(_call, mode, _compiled(getattr(place, ROTARY))))
         with mode:
             yield
     finally:
