@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NAME = "bitsandbytes"
 KIND = "nf4"
 BLOCK = 64  # weights of one scale
+SPREAD = 0.02  # of random weights, whose values are of no account
 
 
 def _imported() -> bool:
@@ -126,12 +127,12 @@ def draw(model: PreTrainedModel, options: BitsAndBytesConfig, device: torch.devi
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    dtype, spread = model.dtype, model.config.get_text_config().initializer_range
+    dtype = model.dtype
     replace_with_bnb_linear(model, options.llm_int8_skip_modules, options)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             shape = module.out_features, module.in_features
-            whole = torch.empty(shape, dtype=dtype, device=device).normal_(std=spread)
+            whole = torch.empty(shape, dtype=dtype, device=device).normal_(std=SPREAD)
             module.weight = Params4bit(whole, compress_statistics=True, quant_type=KIND, module=module).to(device)
             if module.bias is not None:
                 bias = torch.zeros(module.out_features, dtype=dtype, device=device)

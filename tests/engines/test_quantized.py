@@ -15,7 +15,7 @@ from small import engine, model_entry, scratch, spec
 from test_engine import LENGTHS, nll, rollout, some_ids
 from test_lora import FULL, learn, tensors
 from test_peephole import Slow
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.engines import artifacts
 from rlhfdsl.engines.artifacts import save_model
@@ -184,6 +184,20 @@ def test_autograd_keeps_what_it_keeps_beside_whole_weights(sources, arch):
             policy.logits(some_ids(), FULL)
         kept.append(sum(size for size, _ in held.values()))
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_random_weights_are_like_those_that_were_read(sources, arch):
+    """What `rlhf bench` measures with: the same layers packed, of the same size, and nothing left without data."""
+    read = load_model(spec(dtype="bf16", lora=lora()), sources[arch], revision=None, seed=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sources[arch]), dtype=torch.bfloat16)
+    quantized.draw(model, quantized.config(model, torch.bfloat16, None), torch.device("cpu"))
+    assert not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
+    sizes = [{path.replace(".base_layer", ""): layer.weight.shape for path, layer in quantized.layers(m).items()}
+             for m in (read, model)]  # fmt: skip
+    assert sizes[0] == sizes[1]
+    assert model(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
 
 
 def test_a_cast_leaves_packed_weights_alone(sources):
