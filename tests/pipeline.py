@@ -136,3 +136,7 @@ if __name__ == "__main__":
         if zero == "3":
             broken = plan(folder / "small.rlhf", *sets, f'recipe.output="{output}-broken"', gpus=gpus)
             run_broken(broken, folder, 2)
+    from rlhfdsl.engines import distributed
+
+    distributed.barrier()
+    os._exit(0)  # as a worker ends: gloo's threads now and then abort a process that is taken down

@@ -61,7 +61,7 @@ def against(run: Path, record: Mapping[str, bytes], name: str) -> list[Agreement
                                 place=str(run / stage), help=f"run it with `rlhf run {name}`")  # fmt: skip
             one = compare(f"stage.{stage}", events, read_metrics(run / stage / METRICS))
             made = now.get("files") or weights.hashes({"artifacts": _tops(files)}, run / stage)
-            differs = weights.difference(files, made)
+            differs = weights.difference(weights.elsewhere(files), weights.elsewhere(made))
         except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise archive.unusable(name, "has a record that cannot be read") from error
         if differs is None and one.level == "metrics":

@@ -159,7 +159,7 @@ def _again(plan: Json, stage: Json, base: Path, folder: Path, show: Show, update
     result = schedule.read_result(original) or {}
     if found.asked == "bits":
         then = result.get("files") or weights.hashes(stage, original)
-        differs = weights.difference(then, weights.hashes(stage, output))
+        differs = weights.difference(weights.elsewhere(then), weights.elsewhere(weights.hashes(stage, output)))
         if differs is None and found.level == "metrics":
             found.level = "bits"
         found.first = found.first or differs

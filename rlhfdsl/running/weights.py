@@ -22,6 +22,14 @@ def hashes(stage: Mapping[str, Any], folder: Path) -> dict[str, Json]:
     return found
 
 
+def elsewhere(files: Mapping[str, Json]) -> dict[str, Json]:
+    """Of `hashes`, what a run in another folder makes too.
+
+    The configuration of adapters names the folder of their base; what else it says is the plan's.
+    """
+    return {name: pin for name, pin in files.items() if Path(name).name != "adapter_config.json"}
+
+
 def difference(then: Mapping[str, Json], now: Mapping[str, Json]) -> str | None:
     """The first file of two sets of `hashes` that differs, as a sentence; None when they are the same."""
     for name in sorted({*then, *now}):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -165,3 +166,5 @@ if __name__ == "__main__":
         except AssertionError:
             found[name] = traceback.format_exc()
     Path(folder, f"{distributed.rank()}.json").write_text(json.dumps(found))
+    distributed.barrier()
+    os._exit(0)  # as a worker of the program ends: gloo's threads now and then abort a process that is taken down

@@ -88,6 +88,15 @@ def test_the_files_of_a_model(tmp_path):
     assert weights.difference(then, weights.hashes(stage, tmp_path)) == "model/model.safetensors is gone"
 
 
+def test_where_adapters_found_their_base_is_no_difference_of_runs():
+    """But one of the files of a result, which `cache verify` holds to what was written."""
+    weight = {"model-adapter/adapter_model.safetensors": {"sha256": "a"}}
+    then, now = (weight | {"model-adapter/adapter_config.json": {"sha256": pin}} for pin in ("b", "c"))
+    assert weights.difference(then, now) is not None
+    assert weights.difference(weights.elsewhere(then), weights.elsewhere(now)) is None
+    assert weights.elsewhere(then) == weight
+
+
 def test_what_cannot_be_executed_again(capsys, project):
     code, _, err = rlhf(capsys, "verify", "runs/nothing")
     assert code == 1 and "error[E0756]: `runs/nothing` is not a run" in err
