@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rollouts import LORA, learn, tiny
 from small import one_rank
 
 from rlhfdsl.engines.checkpoint import store
-from rlhfdsl.engines.checkpoint.keeper import Keeper, Stopped
+from rlhfdsl.engines.checkpoint.keeper import Keeper, Stopped, _load_engine, _save_engine
+from rlhfdsl.engines.checkpoint.store import Files
 
 TRIES = 34  # of each of three kinds of fault
 
@@ -224,3 +226,19 @@ def test_when_one_is_due(tmp_path):
         never.after(2)
     assert stopped.value.saved and stopped.value.update == 2
     assert [p.name for p in store.all_of(tmp_path / "never" / store.FOLDER)] == ["00000002"]
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_of_frozen_weights_nothing_is_saved(tmp_path, zero):
+    """Not by a second name either, as the output matrix of tied embeddings has one; and adapters come back."""
+    engine = tiny("llama", zero=zero, lora=LORA, tie_word_embeddings=True)
+    assert engine.module.lm_head.weight is engine.module.model.embed_tokens.weight
+    learn(engine)
+    trained = {name: p.detach().clone() for name, p in engine.module.named_parameters() if p.requires_grad}
+    (tmp_path / "7" / "actor").mkdir(parents=True)
+    _save_engine(engine, tmp_path / "7" / "actor", "7", Files(tmp_path / "7"))
+    (states,) = (tmp_path / "7").rglob("*model_states.pt")
+    assert torch.load(states, weights_only=False)["module"].keys() == trained.keys()
+    learn(engine)
+    _load_engine(engine, tmp_path / "7", "actor")
+    assert all(torch.equal(engine.module.get_parameter(name), value) for name, value in trained.items())

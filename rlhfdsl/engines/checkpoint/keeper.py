@@ -170,11 +170,15 @@ class Keeper:
 
 
 class _Through(CheckpointEngine):
-    """DeepSpeed's way to files, with every file hashed and nothing read that the checkpoint does not list."""
+    """DeepSpeed's way to files, with every file hashed and nothing read that the checkpoint does not list.
 
-    def __init__(self, files: Files | None = None):
+    left_out: names of a module's state that are not written.
+    """
+
+    def __init__(self, files: Files | None = None, left_out: frozenset[str] = frozenset()):
         super().__init__()
         self.files = files
+        self.left_out = left_out
 
     def create(self, info: object) -> None:
         """DeepSpeed tells that it begins."""
@@ -184,8 +188,13 @@ class _Through(CheckpointEngine):
             self.files.make(Path(path))
 
     def save(self, state_dict: Json, path: str) -> None:
-        if self.files is not None:
-            self.files.write(Path(path), lambda file: torch.save(state_dict, file))
+        if self.files is None:
+            return
+        module = state_dict.get("module")
+        if module is not None:
+            kept = {name: value for name, value in module.items() if name not in self.left_out}
+            state_dict = {**state_dict, "module": kept}
+        self.files.write(Path(path), lambda file: torch.save(state_dict, file))
 
     def load(self, path: str, map_location: Any = None) -> Json:
         # The one who chose this checkpoint compared every file with its manifest.
@@ -196,8 +205,11 @@ class _Through(CheckpointEngine):
 
 
 def _save_engine(engine: Engine, folder: Path, tag: str, files: Files) -> None:
+    # DeepSpeed leaves out what is frozen, but by one name each, and a tied matrix has two.
+    named = engine.module.named_parameters(remove_duplicate=False)
+    frozen = frozenset(name for name, parameter in named if not parameter.requires_grad)
     held = engine.deepspeed.checkpoint_engine
-    engine.deepspeed.checkpoint_engine = _Through(files)
+    engine.deepspeed.checkpoint_engine = _Through(files, frozen)
     engine.deepspeed._copy_recovery_script = lambda path: None  # a script beside the data is no part of it
     try:
         engine.deepspeed.save_checkpoint(
