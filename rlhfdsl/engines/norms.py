@@ -5,6 +5,7 @@ A decode step has kernels of its own for them (rollout/fusing.py).
 
 from __future__ import annotations
 
+import inspect
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -36,8 +37,11 @@ def epsilon(norm: nn.Module) -> float | None:
 def is_plain(kind: type[nn.Module]) -> bool:
     """Whether a class of norms has nothing beside its weight and its epsilon, such as a 1 that the weight is added to.
 
-    Its forward is called with just these, in fp32 on the CPU: a weight that ZeRO 3 has cut cannot be computed with.
+    Its forward is called with just these, in fp32 on the CPU: a weight that ZeRO 3 has cut cannot be computed with. One
+    that may get something beside the input, as a gate, is not plain.
     """
+    if len(inspect.signature(kind.forward).parameters) > 2:
+        return False
     weight, eps = torch.linspace(-1.5, 2.0, 8), 0.1
     x = torch.linspace(-3.0, 5.0, 16).view(2, 8)
     try:

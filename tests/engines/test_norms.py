@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rollouts import TYPES, tiny_model
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -23,7 +24,7 @@ def logits_and_gradients(model, ids) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def test_a_norm_with_more_than_a_weight_is_left_alone():
     assert norms.is_plain(LlamaRMSNorm) and norms.is_plain(Qwen3RMSNorm)
-    assert not norms.is_plain(Gemma2RMSNorm) and not norms.is_plain(Gemma3RMSNorm)
+    assert not any(norms.is_plain(kind) for kind in (Gemma2RMSNorm, Gemma3RMSNorm, BambaRMSNormGated))
     assert norms.epsilon(LlamaRMSNorm(8, eps=0.25)) == 0.25 and norms.epsilon(torch.nn.LayerNorm(8)) is None
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rlhfdsl.engines import norms
 from rlhfdsl.engines.rollout.peephole import Peephole
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -90,18 +91,10 @@ def _norm(module: nn.Module, mode: Peephole) -> Callable[..., torch.Tensor] | No
     if weight is not None and dense.takes_norm(weight, weight):
         if type(module) is nn.LayerNorm:
             return None
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if isinstance(eps, float) and _same(module, partial(dense.rms_norm, weight=weight, eps=eps)):
+        eps = norms.epsilon(module)
+        if eps is not None and norms.is_plain(type(module)):
             return partial(mode.rms_norm, weight=weight, eps=eps)
     return partial(_call, mode, partial(_compiled(type(module).forward), module))
-
-
-def _same(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether a function does what a norm does, but for the last bits of its type."""
-    weight = module.weight
-    x = torch.linspace(-3, 5, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(2, -1)
-    expected = module(x)
-    return torch.allclose(forward(x), expected, rtol=2 * torch.finfo(weight.dtype).eps, atol=0.0)
 
 
 def _call(mode: Peephole, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
