@@ -33,7 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", choices=whats, default="machine", help=about)
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write the profile (.json) or table (.md)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--ranks", type=int, metavar="N", help="measure an all-reduce over N processes (default: GPUs)")
+    ranks = "processes of the all-reduce (default: GPUs), or of each run of truth and ppo (default: 1)"
+    parser.add_argument("--ranks", type=int, metavar="N", help=ranks)
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     truth.configure(parser)
     rollout.configure(parser)

@@ -20,7 +20,6 @@ from typing import Any
 
 from rlhfdsl.cli.common import OK, fail, say
 from rlhfdsl.cli.planned import TARGET, make_plan
-from rlhfdsl.language import schema
 from rlhfdsl.planning import catalog, hardware, measured
 
 Json = dict[str, Any]
@@ -47,6 +46,7 @@ class Case:
     lora: int = 0
     base: str = "full"  # of the adapters
     offload: str = "off"
+    tensor: int = 1  # ranks that sample from shards of one copy
     batch: int = 32
     micro: int = 8
     length: int = 512
@@ -57,6 +57,7 @@ class Case:
         words = [self.stage, self.model + (f"+{self.other}" if self.other else ""), f"zero{self.zero}"]
         words += [f"batch{self.batch}"] if self.stage == "ppo" and self.batch != 32 else []
         words += [f"offload-{self.offload}"] if self.offload != "off" else []
+        words += [f"tensor{self.tensor}"] if self.tensor > 1 else []
         words += ["ckpt"] if self.checkpointing else []
         words += [f"lora{self.lora}"] if self.lora else []
         words += [self.base] if self.base != "full" else []
@@ -103,6 +104,8 @@ PPO = (
     replace(_PPO, model="13b", other="350m", lora=16, base="nf4", checkpointing=True, micro=4),
     replace(_PPO, model="66b", other="350m", lora=16, base="nf4", checkpointing=True, batch=8, micro=8),
 )
+# The first of them as several ranks can have it.
+SPREAD = (replace(PPO[0], zero=2), replace(PPO[0], zero=3), replace(PPO[0], zero=3, tensor=2))
 TINY = (
     Case("sft", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
     Case("reward", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
@@ -124,7 +127,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure the grid and print the table; `-o FILE` has it after each row, with FILE's .json beside it."""
     device = args.device or hardware.detect().device
+    args.ranks = args.ranks or 1
     grid = PPO if args.what == "ppo" else (*GRID, *PPO)
+    if args.ranks > 1:
+        grid = (*grid, *SPREAD)
     if device == "cpu":
         grid = TINY[2:] if args.what == "ppo" else TINY
     cases = [case for case in grid if not args.only or _named(case, args.only)]
@@ -152,47 +158,56 @@ def _named(case: Case, words: list[str]) -> bool:
 
 def measure(case: Case, device: str, args: argparse.Namespace) -> Json:
     """A configuration planned, run and compared: {"name", "error"} or also {"plan", "measured", "rows"}."""
-    if case.lora and "lora" not in schema.definition("stage.sft").blocks:
-        return {"name": case.name, "error": "the language has no `lora` block"}
-    with tempfile.TemporaryDirectory(prefix="rlhf-truth-") as name:
-        folder = Path(name)
+    name = case.name if args.ranks == 1 else f"{case.name}-ranks{args.ranks}"
+    with tempfile.TemporaryDirectory(prefix="rlhf-truth-") as scratch:
+        folder = Path(scratch)
         (folder / "truth.rlhf").write_text(recipe(case), encoding="utf-8")
         (folder / "rows.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows(case, case.batch * (args.updates + 1))), encoding="utf-8"
         )
         options: Json = {"param": [], "profile": None, "sets": []} | dict.fromkeys(TARGET)
-        options |= {"gpu": args.gpu or ("cpu" if device == "cpu" else None), "gpus": 1}
+        options |= {"gpu": args.gpu or ("cpu" if device == "cpu" else None), "gpus": args.ranks}
         planned = make_plan(argparse.Namespace(file=folder / "truth.rlhf", **options))
         if planned.plan is None:
             first = next(d for d in planned.diagnostics if d.severity == "error")
-            return {"name": case.name, "error": f"not planned: {first.message}"}
+            return {"name": name, "error": f"not planned: {first.message}"}
         (folder / "plan.json").write_text(json.dumps(planned.plan), encoding="utf-8")
         (stage,) = planned.plan["stages"]
-        found = _child(folder, stage["address"], args)
+        found = _child(folder, stage["address"], device, args)
     if "error" in found:
-        return {"name": case.name, "error": found["error"], "predicted": stage["memory"]["peak"]}
+        return {"name": name, "error": found["error"], "predicted": stage["memory"]["peak"]}
     what = measured.Measured(found["peak"], found["peaks"], found["seconds"])
     compared = [[row.phase, row.unit, row.predicted, row.measured] for row in measured.rows(stage, what)]
     planned_as = {"memory": stage["memory"], "time": stage["time"], "target": planned.plan["target"]}
-    return {"name": case.name, "plan": planned_as, "measured": found, "rows": compared}
+    return {"name": name, "plan": planned_as, "measured": found, "rows": compared}
 
 
-def _child(folder: Path, stage: str, args: argparse.Namespace) -> Json:
-    """What one process measured, or {"error": why not}; one that hangs is ended."""
-    command = [sys.executable, "-m", "rlhfdsl.running.truth", "--plan", str(folder / "plan.json"), "--stage", stage]
-    command += ["--updates", str(args.updates), "--seconds", str(args.seconds)]
+def _child(folder: Path, stage: str, device: str, args: argparse.Namespace) -> Json:
+    """What the first rank measured, or {"error": why not}; ranks that hang are ended."""
+    from rlhfdsl.running import launcher
+
+    worker = ["--module", "rlhfdsl.running.truth", "--plan", str(folder / "plan.json"), "--stage", stage]
+    worker += ["--updates", str(args.updates), "--seconds", str(args.seconds)]
     limit = 60 + PATIENCE * args.seconds
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {limit:.0f} s"}
+    # for one rank the launcher would take seconds, and have nothing to say
+    several, alone = launcher.on_this_node(args.ranks, worker), [sys.executable, "-m", *worker[1:]]
+    with subprocess.Popen(
+        several if args.ranks > 1 else alone, env=launcher.surroundings(device, args.ranks), text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=launcher.die_with_parent,
+    ) as process:  # fmt: skip
+        try:
+            _, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {limit:.0f} s"}
+        finally:
+            launcher.stop(process)
     try:
         found: Json = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
     except OSError:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"error": f"exit {done.returncode}: {last[:200]}"}
+        last = (errors.strip().splitlines() or ["no output"])[-1]
+        return {"error": f"exit {process.returncode}: {last[:200]}"}
     if "error" in found and found["error"] != "out of memory":
-        say(done.stderr[-2000:])
+        say(errors[-2000:])
     return found
 
 
@@ -217,12 +232,13 @@ def recipe(case: Case) -> str:
             f", length = {case.length}{loss}, every {{ log = 1 }}, {engine} }}\n"
         )
     half = case.length // 2
+    tensor = f", tensor = {case.tensor}" if case.tensor > 1 else ""
     return (
         out + _model("judge", case, case.other, ", head = scalar") + "stage ppo {\n  data = data.rows\n"
         f"  actor {{ model = model.base, {engine} }}\n"
         f"  critic {{ model = model.judge, lr = 1e-6, parallel = parallel.p }}\n"
         f"  reward {{ model = model.judge }}\n"
-        f"  rollout {{ batch = {case.batch}, prompt = {half}, answer = {half} }}\n"
+        f"  rollout {{ batch = {case.batch}, prompt = {half}, answer = {half}{tensor} }}\n"
         f"  update {{ minibatch = {case.batch} }}\n  kl {{ coef = 0.05 }}\n}}\n"
     )
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +49,8 @@ def start(
             "--num_nodes", str(target["nodes"]), "--num_gpus", str(target["gpus"]), *worker,
         ]  # fmt: skip
     else:
-        slots = json.dumps({"localhost": list(range(target["gpus"]))}).encode()
-        command = [
-            sys.executable, "-m", "deepspeed.launcher.launch",
-            f"--world_info={base64.urlsafe_b64encode(slots).decode()}",
-            "--master_addr=127.0.0.1", f"--master_port={free_port()}", *worker, "--supervisor", str(os.getpid()),
-        ]  # fmt: skip
-    environment = os.environ | {
-        "DS_ACCELERATOR": target["device"],
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-    environment |= strict.environment(plan)
-    if target["device"] == "cpu":
-        # Nothing is compiled there, and DeepSpeed's look for Muon would import torch's compiler, seconds a rank.
-        environment.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if target["device"] == "cpu" and target["gpus"] > 1 and "OMP_NUM_THREADS" not in environment:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // target["gpus"]))
+        command = on_this_node(target["gpus"], [*worker, "--supervisor", str(os.getpid())])
+    environment = surroundings(target["device"], target["gpus"]) | strict.environment(plan)
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
@@ -78,7 +64,28 @@ def start(
         )
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def on_this_node(ranks: int, worker: Sequence[str]) -> list[str]:
+    """The command that starts so many ranks here, each of `worker`: --module, its name and its arguments."""
+    slots = json.dumps({"localhost": list(range(ranks))}).encode()
+    return [
+        sys.executable, "-m", "deepspeed.launcher.launch",
+        f"--world_info={base64.urlsafe_b64encode(slots).decode()}",
+        "--master_addr=127.0.0.1", f"--master_port={free_port()}", *worker,
+    ]  # fmt: skip
+
+
+def surroundings(device: str, ranks: int) -> dict[str, str]:
+    """The environment of the ranks of a node."""
+    found = os.environ | {"DS_ACCELERATOR": device, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if device == "cpu":
+        # Nothing is compiled there, and DeepSpeed's look for Muon would import torch's compiler, seconds a rank.
+        found.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if device == "cpu" and ranks > 1 and "OMP_NUM_THREADS" not in found:
+        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+    return found
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
     """End a launcher and all its ranks: a request first, force after `GRACE_SECONDS`. None is there afterwards."""
     if process.poll() is not None:
         with contextlib.suppress(OSError):  # what a launcher that died left behind

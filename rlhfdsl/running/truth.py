@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", required=True)
     parser.add_argument("--updates", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--local_rank", type=int, default=0)  # said by DeepSpeed's launcher
     options = parser.parse_args(arguments)
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
     try:
@@ -94,9 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         memory = out_of_memory(error)
         found = {"error": "out of memory" if memory else f"{type(error).__name__}: {error}"[:300]}
-    (options.plan.parent / "measured.json").write_text(json.dumps(found), encoding="utf-8")
+    if options.local_rank == 0 or "error" in found:
+        (options.plan.parent / "measured.json").write_text(json.dumps(found), encoding="utf-8")
     sys.stdout.flush()
-    os._exit(0)  # joining a broken group of ranks may wait for ever
+    # Joining a broken group of ranks may wait for ever; the launcher ends the others when one fails.
+    os._exit("error" in found)
 
 
 def measure(plan: dict[str, Any], address: str, base: Path, updates: int, seconds: float) -> dict[str, Any]:
@@ -115,7 +119,8 @@ def measure(plan: dict[str, Any], address: str, base: Path, updates: int, second
     stage = find_stage(plan, address)
     device = distributed.join(plan["target"]["device"])
     torch.manual_seed(stage["seed"])
-    gauge = Gauge(updates, seconds, device)
+    # ranks end after the same update, and their clocks are their own
+    gauge = Gauge(updates, seconds if distributed.world() == 1 else math.inf, device)
     _random_weights(plan, base, device)
     _watch(onpolicy.OnPolicy, gauge)
     context = _context(plan, stage, base, device, gauge)

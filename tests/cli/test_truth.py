@@ -22,7 +22,7 @@ def as_planned(folder, stage, args):
 
 
 def test_the_table(tmp_path, monkeypatch, capsys):
-    def child(folder, stage, args):
+    def child(folder, stage, device, args):
         return {"error": "out of memory"} if "reward" in stage else as_planned(folder, stage, args)
 
     monkeypatch.setattr(truth, "_child", child)
@@ -42,7 +42,7 @@ def test_every_row_fills_its_length(monkeypatch, capsys):
     """Facts of the edges: nothing is dropped, and each row is as long as the stage allows."""
     seen = {}
 
-    def child(folder, stage, args):
+    def child(folder, stage, device, args):
         (planned,) = json.loads((folder / "plan.json").read_text())["stages"]
         seen[stage] = planned["edges"]["train"]
         return {"error": "not run"}
@@ -60,9 +60,28 @@ def test_names(capsys):
     assert main(["bench", "truth", "--only", "nothing", "--device", "cuda"]) == 2
 
 
+def test_two_ranks_are_planned_as_two(tmp_path, monkeypatch, capsys):
+    """With the stages of ZeRO and the shards that one rank has no use for."""
+    seen = {}
+
+    def child(folder, stage, device, args):
+        plan = json.loads((folder / "plan.json").read_text())
+        seen[len(seen)] = plan["target"]["gpus"], plan["stages"][0]["engines"]["actor"]
+        return as_planned(folder, stage, args)
+
+    monkeypatch.setattr(truth, "_child", child)
+    only = ["--only", "1.3b+350m-zero1-batch128", "zero2", "zero3"]
+    assert main(["bench", "ppo", "--ranks", "2", "--gpu", "h100-80g", "--device", "cuda", *only]) == 0
+    found = [(gpus, actor["zero"], actor["rollout"]["tensor"]) for gpus, actor in seen.values()]
+    assert found == [(2, 1, 1), (2, 2, 1), (2, 3, 1), (2, 3, 2)]
+    assert "| ppo-1.3b+350m-zero3-batch128-tensor2-ranks2 | " in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_three_stages_on_the_cpu(tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_stage_on_the_cpu(tmp_path, ranks):
     out = tmp_path / "truth.md"
-    assert main(["bench", "truth", "--device", "cpu", "-o", str(out), "--updates", "3"]) == 0
+    arguments = ["--device", "cpu", "-o", str(out), "--updates", "3", "--ranks", str(ranks)]
+    assert main(["bench", "truth", *arguments]) == 0
     found = json.loads(out.with_suffix(".json").read_text())
-    assert [one["measured"]["updates"] for one in found] == [3, 3, 3]
+    assert [one["measured"]["updates"] for one in found] == [3] * len(truth.TINY)

@@ -33,7 +33,7 @@ def test_a_stage_on_random_weights(monkeypatch, capsys, case):
     made, seen = loading.load_model, {}
     monkeypatch.setattr(context, "load_model", lambda *args, **options: spread(made(*args, **options)))
 
-    def child(folder, stage, args):
+    def child(folder, stage, device, args):
         plan = json.loads((folder / "plan.json").read_text())
         seen[stage] = measure(plan, stage, folder, args.updates, 60.0)
         return seen[stage]
