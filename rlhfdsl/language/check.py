@@ -15,6 +15,7 @@ from rlhfdsl.language.evaluate import Evaluator
 from rlhfdsl.language.recipe import Block, Layer, Origin, Setting
 from rlhfdsl.language.schema import Attr, Definition
 from rlhfdsl.language.source import SourceFile
+from rlhfdsl.language.suggest import a
 from rlhfdsl.language.syntax import Attribute, BlockSyntax, Document, Expression, Text, Word, key_of
 from rlhfdsl.language.values import INVALID, convert
 
@@ -234,7 +235,7 @@ class _Checker:
             return None
         guess = unknown.attribute(name, span, definition, set(taken) - {name})
         excused.add(guess.stands_for)
-        message = f"unknown attribute `{name}` in a `{definition.name}` block"
+        message = f"unknown attribute `{name}` in {a(definition.name)} block"
         label = f"not an attribute of `{address}`"
         self.report("E0301", message, span, label, help=guess.help, fixes=guess.fixes)
         return None

@@ -47,9 +47,9 @@ def sums(blocks: Blocks) -> Found:
             total = sum(shares)
             if abs(total - 1) > 1e-9:
                 message = f"the shares of `{inner.address}` sum to {total * 100:g} %, not to 100 %"
-                parts = " + ".join(f"{share * 100:g}" for share in shares)
-                off = "missing" if total < 1 else "too much"
-                left = f"{parts} = {total * 100:g}; {abs(1 - total) * 100:g} % {off}"
+                left = f"{abs(1 - total) * 100:g} % {'missing' if total < 1 else 'too much'}"
+                if len(shares) > 1:
+                    left = " + ".join(f"{share * 100:g}" for share in shares) + f" = {total * 100:g}; {left}"
                 yield _error("E0601", message, inner.span, left)
 
 

@@ -33,6 +33,11 @@ def either(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def a(name: str) -> str:
+    """A name in backquotes with its article: "a `kl`", "an `actor`"."""
+    return f"{'an' if name.startswith(('a', 'e', 'i', 'o', 'u')) else 'a'} `{name}`"
+
+
 def listed(names: Iterable[str]) -> str:
     """Names in backquotes, for a sentence."""
     return ", ".join(f"`{name}`" for name in names)

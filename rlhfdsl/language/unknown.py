@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlhfdsl.language import schema
 from rlhfdsl.language.diagnostics import Diagnostic, Fix, Span
 from rlhfdsl.language.schema import Definition
-from rlhfdsl.language.suggest import listed, nearest
+from rlhfdsl.language.suggest import a, listed, nearest
 from rlhfdsl.language.syntax import BlockSyntax, Word
 from rlhfdsl.language.values import rename
 
@@ -73,7 +73,7 @@ def inner_block(node: BlockSyntax, definition: Definition) -> Diagnostic:
         return Diagnostic("E0302", "error", message, node.header, help=help)
     near = nearest(name, [*definition.blocks, *definition.attributes])
     if not near and (told := _near_refused(name, definition)):
-        message = f"unknown block `{name}` in a `{definition.name}` block"
+        message = f"unknown block `{name}` in {a(definition.name)} block"
         return Diagnostic("E0301", "error", message, node.kind.span, help=told)
     blocks = ", ".join(definition.blocks)
     known = f"its blocks: {blocks}" if blocks else "it has no inner blocks"
@@ -83,7 +83,7 @@ def inner_block(node: BlockSyntax, definition: Definition) -> Diagnostic:
         known = f"`{name}` stands in {home(nearest_home)}"
     help = f"did you mean {listed(near)}?" if near else known
     fixes = tuple(rename(name, node.kind.span) for name in near)
-    message = f"unknown block `{name}` in a `{definition.name}` block"
+    message = f"unknown block `{name}` in {a(definition.name)} block"
     return Diagnostic("E0301", "error", message, node.kind.span, help=help, fixes=fixes)
 
 
@@ -136,5 +136,5 @@ def home(type_: str) -> str:
     """A type of block, for a message: `a parallel block`, `the block kl of a stage ppo`."""
     outer, _, block = type_.rpartition(".")
     if outer in ("", "stage"):
-        return f"a `{schema.definition(type_).name}` block"
+        return f"{a(schema.definition(type_).name)} block"
     return f"the block `{block}` of a `{schema.definition(outer).name}`"

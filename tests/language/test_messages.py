@@ -111,6 +111,15 @@ def test_suggestions(tmp_path: Path, wrong: str, right: str):
     assert diagnostic.code == "E0301" and right in (diagnostic.help or "")
 
 
+def test_a_block_has_its_article(tmp_path: Path):
+    path = tmp_path / "t.rlhf"
+    text = (CORPUS / "ok" / "smallest.rlhf").read_text(encoding="utf-8")
+    path.write_text(text.replace("lr = 1e-3", "lr = 1e-3, every { lock = 1 }, lora { rnak = 1 }"), encoding="utf-8")
+    messages = [diagnostic.message for diagnostic in load(path).diagnostics]
+    assert "unknown attribute `lock` in an `every` block" in messages
+    assert "unknown attribute `rnak` in a `lora` block" in messages
+
+
 @pytest.mark.parametrize(
     ("inside", "right"),
     [
