@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhfdsl.cli import rollout, truth
 from rlhfdsl.cli.common import OK, fail, say
+from rlhfdsl.cli.planned import positive
 from rlhfdsl.language.files import write_whole
 from rlhfdsl.planning import hardware
 from rlhfdsl.planning.rates import KIND, trained
@@ -34,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE", help="write the profile (.json) or table (.md)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     ranks = "processes of the all-reduce (default: GPUs), or of each run of truth and ppo (default: 1)"
-    parser.add_argument("--ranks", type=int, metavar="N", help=ranks)
+    parser.add_argument("--ranks", type=positive, metavar="N", help=ranks)
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
     truth.configure(parser)
     rollout.configure(parser)
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "rollout":
         return rollout.run(args, device, _copy(device, (1024 if device == "cuda" else 128) << 20))
     ranks = args.ranks or (torch.cuda.device_count() if device == "cuda" else 1)
-    if ranks < 1 or (device == "cuda" and ranks > torch.cuda.device_count()):
+    if device == "cuda" and ranks > torch.cuda.device_count():
         fail(f"--ranks {ranks}: this machine has {torch.cuda.device_count()} GPUs")
     profile = measure(device, ranks)
     text = json.dumps(profile, indent=1) + "\n"

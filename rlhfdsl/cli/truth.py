@@ -126,8 +126,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure the grid and print the table; `-o FILE` has it after each row, with FILE's .json beside it."""
-    device = args.device or hardware.detect().device
+    here = hardware.detect()
+    device = args.device or here.device
     args.ranks = args.ranks or 1
+    if device == here.device == "cuda" and args.ranks > here.gpus:
+        fail(f"--ranks {args.ranks}: this machine has {here.gpus} GPUs")
     grid = PPO if args.what == "ppo" else (*GRID, *PPO)
     if args.ranks > 1:
         grid = (*grid, *SPREAD)
@@ -189,11 +192,12 @@ def _child(folder: Path, stage: str, device: str, args: argparse.Namespace) -> J
     worker = ["--module", "rlhfdsl.running.truth", "--plan", str(folder / "plan.json"), "--stage", stage]
     worker += ["--updates", str(args.updates), "--seconds", str(args.seconds)]
     limit = 60 + PATIENCE * args.seconds
-    # for one rank the launcher would take seconds, and have nothing to say
-    several, alone = launcher.on_this_node(args.ranks, worker), [sys.executable, "-m", *worker[1:]]
+    command = [sys.executable, "-m", *worker[1:]]
+    if args.ranks > 1:  # for one rank the launcher would take seconds, and have nothing to say
+        command = launcher.on_this_node(args.ranks, worker)
     with subprocess.Popen(
-        several if args.ranks > 1 else alone, env=launcher.surroundings(device, args.ranks), text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=launcher.die_with_parent,
+        command, env=launcher.surroundings(device, args.ranks), text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, start_new_session=True, preexec_fn=launcher.die_with_parent,
     ) as process:  # fmt: skip
         try:
             _, errors = process.communicate(timeout=limit)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from rlhfdsl.cli import truth
 from rlhfdsl.cli.main import main
+from rlhfdsl.planning import hardware
 
 
 def as_planned(folder, stage, args):
@@ -75,6 +77,14 @@ def test_two_ranks_are_planned_as_two(tmp_path, monkeypatch, capsys):
     found = [(gpus, actor["zero"], actor["rollout"]["tensor"]) for gpus, actor in seen.values()]
     assert found == [(2, 1, 1), (2, 2, 1), (2, 3, 1), (2, 3, 2)]
     assert "| ppo-1.3b+350m-zero3-batch128-tensor2-ranks2 | " in capsys.readouterr().out
+
+
+def test_more_ranks_than_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(truth.hardware, "detect", lambda: replace(hardware.CPU, device="cuda", gpus=2))
+    assert main(["bench", "ppo", "--ranks", "3"]) == 2
+    assert "--ranks 3: this machine has 2 GPUs" in capsys.readouterr().err
+    assert main(["bench", "ppo", "--ranks", "-2"]) == 2
+    assert "takes a number from 1, not `-2`" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -38,21 +38,12 @@ stage ppo adapted {
 }
 model wide { arch = llama, layers = 2, hidden = 64, heads = 4, kv_heads = 2, dtype = fp32 }
 parallel whole { zero = 2, micro = 2 }
-stage ppo packed {
-  data     = blend.all
-  rollouts = 3
+stage ppo packed from stage.adapted {
   actor {
-    model = model.wide, lr = 1e-2, ema = 0.9, parallel = parallel.whole
-    lora { rank = 4, alpha = 8, base = nf4 }
+    model = model.wide, parallel = parallel.whole
+    lora { base = nf4 }
   }
-  critic {
-    model = stage.reward, lr = 1e-3, parallel = parallel.whole
-    lora { rank = 2, targets = attention, lr = 1e-2 }
-  }
-  reward { model = stage.reward }
-  rollout { batch = 4, prompt = 64, answer = 4 }
-  update { minibatch = 4 }
-  kl { coef = 0.05 }
+  critic { parallel = parallel.whole }
 }
 """
 # What is compared: everything that learning decides, not times.
