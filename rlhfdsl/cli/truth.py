@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -189,14 +188,12 @@ def _child(folder: Path, stage: str, device: str, args: argparse.Namespace) -> J
     """What the first rank measured, or {"error": why not}; ranks that hang are ended."""
     from rlhfdsl.running import launcher
 
-    worker = ["--module", "rlhfdsl.running.truth", "--plan", str(folder / "plan.json"), "--stage", stage]
+    worker = ["rlhfdsl.running.truth", "--plan", str(folder / "plan.json"), "--stage", stage]
     worker += ["--updates", str(args.updates), "--seconds", str(args.seconds)]
     limit = 60 + PATIENCE * args.seconds
-    command = [sys.executable, "-m", *worker[1:]]
-    if args.ranks > 1:  # for one rank the launcher would take seconds, and have nothing to say
-        command = launcher.on_this_node(args.ranks, worker)
+    command, environment = launcher.on_this_node(device, args.ranks, worker)
     with subprocess.Popen(
-        command, env=launcher.surroundings(device, args.ranks), text=True, stdout=subprocess.DEVNULL,
+        command, env=environment, text=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, start_new_session=True, preexec_fn=launcher.die_with_parent,
     ) as process:  # fmt: skip
         try:

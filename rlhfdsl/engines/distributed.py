@@ -17,18 +17,17 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
-from rlhfdsl.engines.ports import free_port
+from rlhfdsl.engines.ports import alone
 
 
 def join(device_kind: str, timeout: float = 1800.0) -> torch.device:
-    """Join the ranks that the launcher announced in the environment; return this rank's device.
+    """Join the ranks that the environment announces; return this rank's device.
 
     device_kind: "cpu" (gloo) or "cuda" (NCCL). timeout: seconds that a collective call waits for the other ranks.
-    Without a launcher this process is the only rank.
+    Where it announces none this process is the only rank.
     """
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ.update(alone())
     device = torch.device("cpu")
     if device_kind == "cpu":
         build_operator()

@@ -66,13 +66,16 @@ def engine_address(stage: Json, engine: str | None, setting: str) -> str:
 
 
 def explain(stage: Json, partial: Path, watch: Watch, code: int) -> UserError:
-    """The one message of a stage whose launcher ended with `code`: of the rank that failed, not of those it left."""
+    """The one message of a stage that ended with `code`: of the rank that failed, not of those it left.
+
+    code: of what launcher.start returned. A signal is negative, or 256 less it where a launcher hands it on.
+    """
     kept = _kept(partial)
     killed = watch.killed()
-    if killed is None and code > 128:
-        # Seen by the launcher alone, which does not say which rank it was: the only one that said nothing.
+    if killed is None and code % 256 > 128:
+        # Seen by its parent alone. A launcher does not say which rank it was: the only one that said nothing.
         silent = watch.silent()
-        killed = (silent[0] if len(silent) == 1 else -1, 256 - code)
+        killed = (silent[0] if len(silent) == 1 else -1, -code % 256)
     # A rank that was killed says nothing; the others then fail in their next collective call, each in its own words.
     errors = sorted(watch.errors(), key=lambda entry: (entry["code"] is None, entry["peer"]))
     if errors and (errors[0]["code"] is not None or killed is None):

@@ -60,7 +60,7 @@ class Watch:
         self.handles: dict[int, int | None] = {}  # of the processes of this machine by pid; None when one has ended
 
     def look(self) -> None:
-        """Notice which ranks of this machine ended with an error. The launcher sees it a second later, but not which
+        """Notice which ranks of this machine ended with an error. A launcher sees it a second later, but not which
         rank it was, and ends the others."""
         for rank, found in self._ranks():
             status = exit_status(found["pid"]) if found["host"] == socket.gethostname() else 0
@@ -147,7 +147,8 @@ def _handle(pid: int) -> int | None:
 def exit_status(pid: int) -> int | None:
     """0 while a process lives or after it ended well; negative for the signal that killed it; None when it is gone.
 
-    Linux keeps the status in /proc until the parent asks for it, which DeepSpeed's launcher does once a second.
+    Linux keeps the status in /proc until the parent asks for it, which a launcher does once a
+    second, and the supervisor of an only rank when it has looked.
     """
     fields = _stat(pid)
     if fields is None:

@@ -1,6 +1,6 @@
 """One rank of one stage: joins its ranks, runs the stage of the plan, leaves its files.
 
-Started by DeepSpeed's launcher as `python -m rlhfdsl.running.worker`; it reads the plan and nothing else of the recipe.
+Started by running/launcher.py as `python -m rlhfdsl.running.worker`; it reads the plan and nothing else of the recipe.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--timeout", type=float, default=1800.0)
     parser.add_argument("--supervisor", type=int)
-    parser.add_argument("--local_rank", type=int, default=0)  # the launcher adds it
+    parser.add_argument("--local_rank", type=int, default=0)  # DeepSpeed's launcher adds it
     options = parser.parse_args(arguments)
     die_with_parent()
     if options.supervisor is not None:

@@ -123,11 +123,37 @@ def test_two_ranks_meet_every_end(tmp_path):
     assert not (tmp_path / "runs/small/sft").exists()
 
 
+def test_an_only_rank_meets_every_end(tmp_path):
+    write_recipe(tmp_path, ENDLESS)
+    run = Run(tmp_path)
+    run.wait_for("checkpoint")
+    os.kill(run.rank(0), signal.SIGKILL)
+    code, errors = run.end(30)
+    assert code == failure.EXITS["E0791"] and "stage.sft: rank 0 was killed by signal 9 (SIGKILL)" in errors
+
+    run = Run(tmp_path)
+    run.wait_for("update", 3)
+    for process in run.family:
+        process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    run.process.send_signal(signal.SIGTERM)
+    code, errors = run.end(60)
+    done = run.events()[-1]
+    assert code == 143 and done["event"] == "stopped" and run.checkpoints()[0] == done["update"]
+
+    run = Run(tmp_path)
+    run.wait_for("update", 3)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(supervisor.APART_SECONDS + 0.1)
+    run.process.send_signal(signal.SIGINT)  # which may come when it has saved and ended
+    assert run.end(60)[0] == 130
+
+
 def test_a_killed_supervisor_leaves_no_orphans(tmp_path):
     write_recipe(tmp_path, ENDLESS)
     run = Run(tmp_path)
     run.wait_for_rank()
-    assert len(run.family) >= 2
+    assert len(run.family) == 1  # the rank, without a launcher
     run.process.kill()
     run.end(20)
 
@@ -190,6 +216,13 @@ def test_a_rank_that_is_gone_is_named_and_not_those_that_waited_for_it(tmp_path)
     Pulse(tmp_path, 1)("actor: step")
     error = explained(tmp_path, 256 - signal.SIGKILL, r0=1)  # the launcher saw it first: of the rank that said nothing
     assert "rank 1 was killed by signal 9 (SIGKILL)" in error.message
+
+
+def test_an_only_rank_that_its_supervisor_saw_die_is_named(tmp_path):
+    assert "a rank was killed by signal 11 (SIGSEGV)" in explained(tmp_path, -signal.SIGSEGV).message
+    Pulse(tmp_path, 0)("actor: step")
+    assert "rank 0 was killed by signal 9 (SIGKILL)" in explained(tmp_path, -signal.SIGKILL).message
+    assert "a rank ended with exit code 3" in explained(tmp_path, 3).message
 
 
 def test_how_a_rank_ended_is_read_before_anyone_asks_for_it(tmp_path):
