@@ -22,7 +22,7 @@ from typing import Any
 
 from rlhfdsl.models.exhausted import out_of_memory
 from rlhfdsl.planning.measured import medians
-from rlhfdsl.running.worker import find_stage
+from rlhfdsl.running.worker import find_stage, load
 
 AT_LEAST = 2  # updates: the first warms up
 
@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
     try:
+        load(find_stage(plan, options.stage)["kind"])
         found = measure(plan, options.stage, options.plan.parent, options.updates, options.seconds)
     except Exception as error:
         import traceback
