@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         return show_user_error(error, recipe)
     except OSError as error:
-        fail(f"{output}: {error.strerror}")
+        fail(f"{error.filename or output}: {error.strerror}")
     print(f"{output}  {len(data) / 2**20:.2f} MiB  sha256:{hashlib.sha256(data).hexdigest()}")
     print(f"Run exactly this with: rlhf run {output}")
     return OK

@@ -28,7 +28,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=positive, default=256, metavar="N", help="longest answer (default 256)")
     parser.add_argument("--system", help="a system message to start with")
-    parser.add_argument("--seed", type=int, help="repeat the same conversation")
+    parser.add_argument("--seed", type=seed, help="repeat the same conversation")
+
+
+def seed(text: str) -> int:
+    """A seed of torch."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 0 to {(1 << 64) - 1}, not `{text}`")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,10 +57,13 @@ def policy_folder(run: Path, stage: str | None, ema: bool) -> Path:
     if not plan_path.exists():
         if (run / "config.json").exists():
             return run
+        stage_of = (run.parent / "plan.json").exists()
         raise UserError(
             "E0830",
             f"`{run}` is neither a run nor a model: it has no plan.json and no config.json",
-            help="give the folder that `rlhf run` wrote, e.g. runs/quickstart",
+            help=f"for a stage of a run: `rlhf chat {run.parent} --stage {run.name}`"
+            if stage_of
+            else "give the folder that `rlhf run` wrote, e.g. runs/quickstart",
         )
     # Paths in the plan are relative to where the run was started; this may be elsewhere, or the folder was moved.
     plan = relocate(read_plan(plan_path), str(run))
@@ -117,7 +131,8 @@ def converse(directory: Path, args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{directory}  ({COMMANDS})")
-    start = [{"role": "system", "content": args.system}] if args.system else []
+    system = (args.system or "").encode(errors="replace").decode()  # an argument may hold bytes that are no text
+    start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     while True:

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.engine import Engine
+from rlhfdsl.language.files import readable
 from rlhfdsl.models import quantized
 from rlhfdsl.models.loading import gathered
 from rlhfdsl.models.lora import Pending, adapter_config, adapter_weights, lora_layers, merged, merged_from_4_bits
@@ -105,6 +106,7 @@ def _emptied(directory: Path) -> Path:
 
 
 def _publish(partial: Path, directory: Path) -> None:
+    readable(partial)
     if directory.exists():
         shutil.rmtree(directory)
     os.replace(partial, directory)

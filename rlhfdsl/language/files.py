@@ -31,3 +31,11 @@ def write_whole(path: Path, data: bytes | str) -> None:
             scratch.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def readable(folder: Path) -> None:
+    """Give the files of a folder the mode that its own has, which the umask left: safetensors makes its files readable
+    by their owner alone, and a run's folder is shared."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.data import codes
 from rlhfdsl.language.diagnostics import UserError, first_line
+from rlhfdsl.language.files import readable
 from rlhfdsl.models import quantized
 from rlhfdsl.models.exhausted import out_of_memory
 from rlhfdsl.models.lora import add_adapters
@@ -81,7 +83,7 @@ def load_model(
                     empty = automodel.from_config(config)
                 options["quantization_config"] = quantized.config(empty, options["dtype"], engine["base"])
             model, info = automodel.from_pretrained(source, config=config, output_loading_info=True, **options)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if out_of_memory(error):
                 raise
             raise UserError(
@@ -176,6 +178,7 @@ def make_scratch(entry: dict, base: Path, directory: Path, seed: int) -> None:
     model.generation_config.pad_token_id = pad
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    readable(directory)
 
 
 @contextlib.contextmanager

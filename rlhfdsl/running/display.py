@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -135,6 +136,7 @@ class Display:
 
 def progress_note(event: Event) -> str:
     """The few numbers of an update that tell how it goes."""
+    event = _written(event)
     if "score" in event:
         seconds = [event[f"seconds_{phase}"] for phase in ("generate", "score", "train")]
         shares = "  ".join(
@@ -150,7 +152,7 @@ def progress_note(event: Event) -> str:
 
 def evaluation_note(event: Event) -> str:
     """A held-out evaluation in words."""
-    words = []
+    event, words = _written(event), []
     for prefix, label in (("", ""), ("ema_", "ema ")):
         value = {k.removeprefix(prefix): v for k, v in event.items() if k.startswith(prefix + "eval_")}
         if "eval_accuracy" in value:
@@ -170,6 +172,7 @@ def evaluation_note(event: Event) -> str:
 
 def sample_lines(event: Event) -> str:
     """A prompt with the answers before and after."""
+    event = _written(event)
     return (
         f"{printable(event['prompt'])}\n"
         f"           before {event['score_before']:+.2f}  {printable(event['before'])}\n"
@@ -180,6 +183,11 @@ def sample_lines(event: Event) -> str:
 def printable(text: str) -> str:
     """Text from a model or a data file on one line, without control characters."""
     return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def _written(event: Event) -> Event:
+    """An event with nan for what the metrics hold as null, a number that was not finite."""
+    return {key: math.nan if value is None else value for key, value in event.items()}
 
 
 def _numbers(event: Event) -> dict[str, float]:

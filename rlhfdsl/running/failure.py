@@ -20,6 +20,7 @@ from rlhfdsl.running.watch import FOLDER, Watch
 SHOWN = 4  # ranks that a message names
 NO_ROOM = 1 << 20  # bytes that a disk has left which a rank found full
 DIED, MEMORY, NOT_FINITE, HANGS, FULL = "E0791", "E0790", "E0794", "E0795", "E0798"
+LOGGED = (DIED, "E0742")  # of what happened the log holds more than the message
 EXITS = {DIED: 4, MEMORY: 5, NOT_FINITE: 6, HANGS: 7, FULL: 2}
 
 Json = dict[str, Any]
@@ -72,7 +73,7 @@ def explain(stage: Json, partial: Path, watch: Watch, code: int) -> UserError:
     """
     kept = _kept(partial)
     killed = watch.killed()
-    if killed is None and code % 256 > 128:
+    if killed is None and -code % 256 in signal.valid_signals():
         # Seen by its parent alone. A launcher does not say which rank it was: the only one that said nothing.
         silent = watch.silent()
         killed = (silent[0] if len(silent) == 1 else -1, -code % 256)

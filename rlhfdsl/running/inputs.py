@@ -1,13 +1,15 @@
-"""What a stage reads, against the lock, right before it is read: local files and files of the hub, from end to end."""
+"""What a stage reads, right before it is read and from end to end: local files and files of the hub against the lock,
+models of earlier stages against what those noted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import lock
+from rlhfdsl.running import schedule, weights
 
 Json = Mapping[str, Any]
 
@@ -29,6 +31,32 @@ def verify_inputs(plan: Json, stage: Json, base: Path) -> None:
                 from rlhfdsl.models.hub import verify_model
 
                 verify_model(name, pins, at)
+
+
+def verify_made(plan: Json, stage: Json, fresh: Collection[str] = ()) -> None:
+    """Raise UserError for the first file that is not what the stage wrote which made it, cut or gone for instance.
+
+    fresh: stages that need no look, since this run has just made them.
+    """
+    read = {
+        (source["stage"], source["artifact"])
+        for source in (engine["weights"] for engine in stage["engines"].values())
+        if "stage" in source and source["stage"] not in fresh
+    }
+    makers = {maker["address"]: maker for maker in plan["stages"]}
+    for address, artifact in sorted(read):
+        folder = Path(makers[address]["artifacts"][artifact])
+        noted = (schedule.read_result(folder.parent) or {}).get("files") or {}
+        then = {name: pin for name, pin in noted.items() if Path(name).parts[0] == folder.name}
+        now = weights.hashes({"artifacts": {artifact: str(folder)}}, folder.parent)
+        differs = weights.difference(then, {name: now[name] for name in then if name in now})
+        if differs is not None:
+            raise UserError(
+                "E0799", f"{stage['address']} reads a model that is not as {address} left it: {differs}", at=address,
+                place=str(folder.parent),
+                help=f"delete {folder.parent} to make it again; if it was changed on purpose, copy it and name the "
+                "copy in a `model` block",
+            )  # fmt: skip
 
 
 def _facts(plan: Json, stage: Json) -> Iterator[tuple[str, Json]]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhfdsl.language.diagnostics import UserError
+
 BATCHES = ("batch", "ptx_batch")  # fingerprints of what an update read; versions before them wrote none
 
 
@@ -30,11 +32,15 @@ class MetricsWriter:
 
 
 class MetricsFollower:
-    """Reads a growing metrics file: each `new` returns the events that were completed since the last call."""
+    """Reads a growing metrics file: each `new` returns the events that were completed since the last call.
+
+    Raises UserError for a line that is none of an event: the file was cut, or something else wrote into it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.position = 0
+        self.lines = 0
 
     def new(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
@@ -45,7 +51,18 @@ class MetricsFollower:
                 if not line.endswith(b"\n"):
                     break  # still being written
                 self.position += len(line)
-                yield json.loads(line)
+                self.lines += 1
+                yield self._event(line)
+
+    def _event(self, line: bytes) -> dict[str, Any]:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
+            raise UserError("E0720", "a line of the metrics is damaged", place=f"{self.path}:{self.lines}",
+                            help="take the line out, or delete the stage's folder to run it again")  # fmt: skip
+        return event
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

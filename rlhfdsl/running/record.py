@@ -22,7 +22,7 @@ _KEPT = ("key", "stage", "evaluation", "seconds", "versions", "python", "target"
 def collect(plan: Json, run: Path) -> dict[str, bytes]:
     """`sft/metrics.jsonl`, `sft/result.json` of every finished stage of a run of this plan.
 
-    Raises UserError when a stage was made by another plan, and when none is finished.
+    Raises UserError when a stage was made by another plan, when its metrics are damaged, and when none is finished.
     """
     made, found = keys.keys(plan), {}
     for stage in plan["stages"]:
@@ -35,6 +35,7 @@ def collect(plan: Json, run: Path) -> dict[str, bytes]:
                             help="run the recipe as it is bundled, with the same --set, -p and lock")  # fmt: skip
         kept = {key: result[key] for key in _KEPT if key in result}
         found[f"{name}/{schedule.RESULT}"] = (json.dumps(kept, indent=1, sort_keys=True) + "\n").encode()
+        read_metrics(run / name / METRICS)  # raises for a damaged one, here and not where it is compared
         found[f"{name}/{METRICS}"] = (run / name / METRICS).read_bytes()
     if not found:
         raise UserError("E0756", f"no stage of `{run}` is finished", help="finish it with `rlhf run`")

@@ -26,7 +26,7 @@ from rlhfdsl.planning import keys, measured
 from rlhfdsl.planning.lock import PACKAGES, packages
 from rlhfdsl.planning.places import make_output
 from rlhfdsl.running import failure, launcher, schedule
-from rlhfdsl.running.inputs import verify_inputs
+from rlhfdsl.running.inputs import verify_inputs, verify_made
 from rlhfdsl.running.metrics import MetricsFollower, read_metrics
 from rlhfdsl.running.watch import Watch
 from rlhfdsl.running.weights import hashes
@@ -62,6 +62,7 @@ def execute(
     output = make_output(Path(plan["recipe"]["output"]))
     plan_path = output / "plan.json"
     results: dict[str, dict[str, float]] = {}
+    fresh: list[str] = []
     with _alone(output), Signals() as signals:
         write_whole(plan_path, json.dumps(plan, indent=1, ensure_ascii=False) + "\n")
         for stage in plan["stages"]:
@@ -71,6 +72,7 @@ def execute(
                 show(stage, {"event": "lost", "reason": text})
             if action.do != "cached":
                 verify_inputs(plan, stage, base)
+                verify_made(plan, stage, fresh)
             checkpoint = schedule.settle(stage, action)
             if action.do == "cached":
                 result = schedule.read_result(Path(stage["output"])) or {}
@@ -79,6 +81,7 @@ def execute(
                 show(stage, {"event": "launch", "do": action.do, "reason": action.reason})
                 result = Running(plan, plan_path, stage, base, stamp, show, signals, patience).run(checkpoint)
                 show(stage, {"event": "done", **result["evaluation"], "seconds": result["seconds"]})
+                fresh.append(stage["address"])
             results[stage["address"]] = result["evaluation"]
             signals.end_if_asked(f"{stage['address']} is complete")
     return results
@@ -154,7 +157,7 @@ class Running:
         earlier = list(self.follower.new())
         for event in earlier:
             self._take(event, show=False)
-        started = time.time()
+        started = time.monotonic()
         process = launcher.start(
             self.plan, self.plan_path.resolve(), self.stage, self.base.resolve(), self.partial / "log.txt", checkpoint,
             timeout=2 * self.patience,  # what hangs is found here first, with a better word for it
@@ -182,12 +185,12 @@ class Running:
             watch.close()
         if process.returncode != 0:
             error = failure.explain(self.stage, self.partial, watch, process.returncode)
-            if not self.trained and error.code != failure.DIED:
+            if not self.trained and error.code not in failure.LOGGED:
                 shutil.rmtree(self.partial)  # a mistake of the recipe or its data: there is nothing to look at
             raise error
         if self.stopped is not None:
             raise Interrupted(self.signals.asked or signal.SIGTERM, self._where())
-        return self._publish(seconds_of(earlier) + time.time() - started)
+        return self._publish(seconds_of(earlier) + time.monotonic() - started)
 
     def _take(self, event: Event, show: bool) -> None:
         if show:

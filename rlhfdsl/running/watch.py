@@ -21,6 +21,7 @@ from typing import Any
 FOLDER = "ranks"  # in a stage's folder
 BEAT_SECONDS = 1.0
 LOADING_SECONDS = 3600.0  # until the first sign: a large model is read, perhaps from the hub
+LOOK_SECONDS = 5.0  # of silence that one look adds at most: a machine that slept, or `rlhf run` stopped, is no hang
 DUMP_SECONDS = 2.0  # for the ranks to write where they stand
 
 Json = dict[str, Any]
@@ -55,7 +56,9 @@ class Watch:
     def __init__(self, directory: Path, patience: float):
         self.folder = directory / FOLDER
         self.patience = patience
-        self.started = time.time()
+        self.signs: set[tuple[str, int]] = set()  # the files of the ranks and when each was written
+        self.silence = 0.0  # seconds that were waited since one of them changed
+        self.looked = time.monotonic()
         self.dead: dict[int, int] = {}  # exit statuses by rank, negative for a signal, in the order of their ends
         self.handles: dict[int, int | None] = {}  # of the processes of this machine by pid; None when one has ended
 
@@ -96,11 +99,16 @@ class Watch:
         return next((end for end in ends if end[1] != signal.SIGTERM), None)
 
     def hangs(self) -> bool:
-        """Whether no rank gave a sign for `patience` seconds, or for LOADING_SECONDS after the start."""
-        times = [path.stat().st_mtime for path in self.folder.glob("*.json")]
-        if not times:
-            return time.time() - self.started > max(self.patience, LOADING_SECONDS)
-        return time.time() - max(times) > self.patience
+        """Whether no rank gave a sign for `patience` seconds, or for LOADING_SECONDS after the start.
+
+        Asked over and over while the stage runs. A sign is a file that changed: what its time says, and how the clock
+        of a file server or of this machine goes, do not matter.
+        """
+        signs = {(path.name, path.stat().st_mtime_ns) for path in self.folder.glob("*.json")}
+        now = time.monotonic()
+        self.silence = 0.0 if signs != self.signs else self.silence + min(now - self.looked, LOOK_SECONDS)
+        self.signs, self.looked = signs, now
+        return self.silence > (self.patience if signs else max(self.patience, LOADING_SECONDS))
 
     def stalled(self) -> list[str]:
         """What each rank did when it gave its last sign, the oldest sign first, in words."""

@@ -30,6 +30,7 @@ from rlhfdsl.training.rollouts import read
 
 Function = Callable[[list[str], list[str]], Sequence[float]]
 Decode = Callable[[list[int]], str]
+LARGEST = torch.finfo(torch.float32).max  # a score beyond it would be infinite
 
 
 class Reward(Protocol):
@@ -83,8 +84,9 @@ class TextReward:
             raise
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            message = f"{self.name} raised {type(error).__name__}: {error}"
-            raise UserError("E0742", message, at=self.at, help=f"its first answer was {texts[0][:200]!r}") from error
+            message = f"{self.name} raised {type(error).__name__}: {first_line(error)}"
+            help = f"its first answer was {texts[0][:200]!r}"
+            raise UserError("E0742", message, at=self.at, place=_raised_at(error), help=help) from error
         return torch.tensor(self._checked(given, texts), device=answers.ids.device)
 
     def _checked(self, given: Any, texts: Sequence[str]) -> list[float]:
@@ -101,16 +103,22 @@ class TextReward:
         for number, (score, text) in enumerate(zip(scores, texts, strict=True)):
             try:
                 value = math.nan if isinstance(score, str | bytes) else float(score)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 value = math.nan
-            if not math.isfinite(value):
-                raise self._wrong(f"gave {score!r} for answer {number}, {text[:80]!r}")
+            if not abs(value) <= LARGEST:
+                raise self._wrong(f"gave {score!r:.80} for answer {number}, {text[:80]!r}")
             scores[number] = value
         return scores
 
     def _wrong(self, what: str) -> UserError:
         help = "it takes one finite number for each answer, in their order"
         return UserError("E0743", f"{self.name} {what}", at=self.at, help=help)
+
+
+def _raised_at(error: BaseException) -> str | None:
+    """The file and line that an error came from."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is the call here
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
 
 
 class Weighted:
@@ -158,7 +166,7 @@ def function_of(path: Path, name: str, pins: Mapping[str, Any] | None) -> Functi
         exec(compile(code, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        raise UserError("E0742", f"`{path.name}` raised {type(error).__name__} as it was loaded: {error}",
+        raise UserError("E0742", f"`{path.name}` raised {type(error).__name__} as it was loaded: {first_line(error)}",
                         place=str(path)) from error  # fmt: skip
     if not callable(getattr(module, name, None)):
         raise UserError("E0741", f"`{path.name}` defines no function `{name}`", place=str(path))

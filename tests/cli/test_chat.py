@@ -44,6 +44,8 @@ def chat(capsys, monkeypatch, typed: bytes, *arguments: object) -> tuple[int, st
 def test_bytes_that_are_no_text_and_a_line_that_is_too_long(policy, capsys, monkeypatch):
     code, out, err = chat(capsys, monkeypatch, b"\xff\xfe oak\n", policy, "--tokens", "3")
     assert code == 0 and out.strip() and not err
+    code, out, err = chat(capsys, monkeypatch, b"oak\n", policy, "--tokens", "3", "--system", "b\udcffe kind")
+    assert code == 0 and out.strip() and not err
     code, out, err = chat(capsys, monkeypatch, b"oak " * 40 + b"\n", policy, "--tokens", "500")
     # <bos> and a token for each byte; half of the context is kept for the question
     written = 1 + len(b"\n\nHuman: ") + len(b"oak " * 40) - 1 + len(b"\n\nAssistant:")
@@ -84,7 +86,10 @@ def test_what_writes_no_text_and_what_is_damaged(policy, tmp_path, capsys, monke
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--tokens", "0"), ("--tokens", "-3"), ("--temperature", "nan"), ("--temperature", "-1")],
+    [
+        ("--tokens", "0"), ("--tokens", "-3"), ("--temperature", "nan"), ("--temperature", "-1"), ("--seed", "x"),
+        ("--seed", str(1 << 64)),
+    ],
 )
 def test_options_out_of_range(policy, capsys, option, value):
     code, _, err = rlhf(capsys, "chat", policy, option, value)
@@ -95,3 +100,5 @@ def test_a_folder_of_no_run(tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps({"format_version": "1.0"}))
     code, _, err = rlhf(capsys, "chat", tmp_path)
     assert code == 1 and "E0720" in err
+    code, _, err = rlhf(capsys, "chat", tmp_path / "ppo")
+    assert code == 1 and f"for a stage of a run: `rlhf chat {tmp_path} --stage ppo`" in err

@@ -228,6 +228,9 @@ def test_saved_policy_loads_in_plain_transformers(source, tmp_path, zero):
     policy.step()
     save_model(policy, byte_tokenizer(), tmp_path / "model", stop_ids=(258,))
     assert not (tmp_path / "model.partial").exists()
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in (tmp_path / "model").iterdir()} == {plain.stat().st_mode}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert loaded.dtype == torch.float32 and loaded.config.use_cache and loaded.generation_config.eos_token_id == 258

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rlhfdsl.running.display import Display
+from rlhfdsl.running.display import Display, evaluation_note, progress_note, sample_lines
 
 NOTE = "reward +0.29  kl 0.74  len 12  gen 19%  score 20%  train 60%"
 
@@ -19,3 +19,12 @@ def test_a_narrow_terminal_cuts_the_note_and_nothing_else(width, shown):
     line = console.file.getvalue().splitlines()[0]
     assert line.startswith("ppo      ━━━━") and " 50/50 " in line
     assert shown in line and line.rstrip().endswith("0:00:00")
+
+
+def test_a_number_that_was_not_finite_is_shown_as_that():
+    seconds = {"seconds_generate": 1.0, "seconds_score": 1.0, "seconds_train": 2.0}
+    assert progress_note({"score": None, "kl": None, "length": 8.0} | seconds).startswith("reward +nan  kl nan  len 8")
+    assert progress_note({"loss": None, "tokens_per_second": 9.0}) == "loss nan  9 tok/s"
+    assert evaluation_note({"eval_score": None, "eval_kl": 0.0}) == "reward +nan  kl 0.00 nats"
+    sample = {"prompt": "a", "before": "b", "after": "c", "score_before": None, "score_after": 1.0}
+    assert "before +nan  b" in sample_lines(sample)

@@ -225,6 +225,11 @@ def test_an_only_rank_that_its_supervisor_saw_die_is_named(tmp_path):
     assert "a rank ended with exit code 3" in explained(tmp_path, 3).message
 
 
+def test_an_exit_code_that_is_no_signal(tmp_path):
+    """130 is that of a program that Ctrl-C ended, or that says so; DeepSpeed's launcher gives 256 - signal."""
+    assert "a rank ended with exit code 130 and left no message" in explained(tmp_path, 130).message
+
+
 def test_how_a_rank_ended_is_read_before_anyone_asks_for_it(tmp_path):
     """Its parent may ask at any time, after which nobody else can know."""
     process = subprocess.Popen(["sleep", "60"])
@@ -256,17 +261,46 @@ def test_a_mistake_of_the_user_comes_first_and_keeps_its_place(tmp_path):
     assert (error.code, error.at, error.place, error.help) == ("E0801", "data.own.from", "x:3", "mend it")
 
 
+class Clock:
+    """A clock that goes as the test says, for one who looks every second."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("rlhfdsl.running.watch.time.monotonic", lambda: self.now)
+
+    def hangs(self, watch: Watch, seconds: int) -> bool:
+        for _ in range(seconds):
+            self.now += 1
+            found = watch.hangs()
+        return found
+
+
 @pytest.mark.parametrize("signs", [0, 2])
-def test_a_stage_hangs_when_no_rank_gives_a_sign(tmp_path, signs):
+def test_a_stage_hangs_when_no_rank_gives_a_sign(tmp_path, monkeypatch, signs):
+    clock = Clock(monkeypatch)
     for rank in range(signs):
         Pulse(tmp_path, rank)(f"actor: part {rank}")
         os.utime(tmp_path / "ranks" / f"{rank}.json", (1, 100 - rank))
     watch = Watch(tmp_path, patience=10)
-    assert watch.hangs() == bool(signs)
-    watch.started -= 3601
-    assert watch.hangs() and watch.stalled() == ["rank 1 at actor: part 1", "rank 0 at actor: part 0"][:signs]
+    assert not clock.hangs(watch, 10)
+    assert clock.hangs(watch, 2) == bool(signs)
+    assert clock.hangs(watch, 3600)
+    assert watch.stalled() == ["rank 1 at actor: part 1", "rank 0 at actor: part 0"][:signs]
     Pulse(tmp_path, 0)("actor: step")
-    assert not watch.hangs()
+    assert not clock.hangs(watch, 1)
+
+
+def test_a_clock_that_jumps_and_a_machine_that_sleeps_are_no_hang(tmp_path, monkeypatch):
+    clock, watch, pulse = Clock(monkeypatch), Watch(tmp_path, patience=10), Pulse(tmp_path, 0)
+    pulse("actor: forward")
+    os.utime(pulse.path, (1, 1))  # the clock of a file server that is years behind, or one that was set since
+    assert not clock.hangs(watch, 4)
+    clock.now += 7200  # as where a laptop was closed for two hours
+    assert not clock.hangs(watch, 1)
+    pulse("actor: step")
+    os.utime(pulse.path, (0, 0))  # a sign, whatever its time
+    assert not clock.hangs(watch, 10)
+    assert clock.hangs(watch, 2)
 
 
 def test_a_pulse_is_written_at_most_once_a_second(tmp_path):

@@ -67,3 +67,17 @@ def test_what_cannot_be_compared(capsys, bundle, project):
         bundle.write_bytes(archive.pack(held.kind, held.generator, held.about, entries))
         code, _, err = rlhf(capsys, "verify", "runs/small", "--against", bundle)
         assert code == 1 and ("E0750" in err or "another plan" in err), err
+
+
+def test_metrics_that_are_damaged_or_gone_make_no_record(capsys, bundle, project):
+    metrics = project / "runs/small/sft/metrics.jsonl"
+    again = ("bundle", "small.rlhf", "--gpu", "cpu", "--run", "runs/small", "-o", "again.rlhfb")
+    metrics.write_text("{\n")
+    code, _, err = rlhf(capsys, *again)
+    assert code == 1 and "E0720" in err and "runs/small/sft/metrics.jsonl:1" in err
+    code, _, err = rlhf(capsys, "verify", "runs/small", "--against", bundle)
+    assert code == 1 and "E0720" in err and "runs/small/sft/metrics.jsonl:1" in err
+    metrics.unlink()
+    code, _, err = rlhf(capsys, *again)
+    assert (code, err) == (2, "rlhf: runs/small/sft/metrics.jsonl: No such file or directory\n")
+    assert not (project / "again.rlhfb").exists()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,23 @@ from frozen import held, measured
 from pipeline import RECIPE, SFT_ONLY, plan, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhfdsl.language import UserError
 from rlhfdsl.planning.keys import keys
 from rlhfdsl.running.metrics import MetricsFollower, MetricsWriter, read_metrics
+
+SCORED = """recipe "small" { seed = 3 }
+model tiny { arch = llama, layers = 2, hidden = 32, heads = 4, dtype = fp32 }
+data pairs { from = "./pairs.jsonl", format = preference }
+scorer mine { file = "./rewards.py" }
+stage rloo {
+  data = data.pairs, rollouts = 1
+  actor { model = model.tiny, lr = 1e-3 }
+  reward { call = scorer.mine }
+  rollout { batch = 2, answers = 2, prompt = 64, answer = 4 }
+  update { minibatch = 4 }
+  kl { coef = 0.05 }
+}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +121,22 @@ def test_a_second_run_is_cached_and_a_saved_plan_runs_its_changed_stage_alone(fi
     assert Path("runs/small/ppo").is_dir() and Path("runs/small/ppo.1").is_dir()  # nothing is lost
 
 
+def test_a_model_that_is_not_as_its_stage_left_it(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    weights = Path("runs/small/sft/model/model.safetensors")
+    os.truncate(weights, 1000)
+    assert rlhf(capsys, "run", "small.rlhf", "--gpu", "cpu")[0] == 0  # nothing reads it
+    again = ("run", "small.rlhf", "--gpu", "cpu", "--set", "stage.ppo.kl.coef=0.7")
+    code, _, err = rlhf(capsys, *again)
+    assert code == 1 and "error[E0799]: stage.ppo reads a model that is not as stage.sft left it: model/" in err
+    assert "18 | stage sft" in err and "delete runs/small/sft to make it again" in err
+    weights.unlink()
+    code, _, err = rlhf(capsys, *again)
+    assert code == 1 and "left it: model/model.safetensors is gone" in err
+    assert Path("runs/small/ppo/result.json").exists()  # of the settings before
+
+
 def test_chat_with_the_run(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is an oak?\n/new\nAnd an elm?\n"))
@@ -165,6 +197,16 @@ def test_data_that_changed_after_the_plan_leaves_no_half_written_run(tmp_path, m
     assert not list((tmp_path / "runs").rglob("sft*"))
 
 
+def test_a_function_that_raises_at_once_leaves_its_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path, SCORED)
+    Path("rewards.py").write_text("def score(prompts, answers):\n    return wrong(answers)\n")
+    code, _, err = rlhf(capsys, "run", "small.rlhf", "--gpu", "cpu")
+    assert code == 1 and "error[E0742]: `score` of `rewards.py` raised NameError: name 'wrong' is not defined" in err
+    assert f"{tmp_path / 'rewards.py'}:2" in err and "4 | scorer mine" in err
+    assert "return wrong(answers)" in Path("runs/small/rloo.partial/log.txt").read_text()
+
+
 def test_the_key_of_a_stage_covers_what_it_learns_from_and_nothing_else(project):
     path = project / "small.rlhf"
     first = keys(plan(path))
@@ -192,3 +234,14 @@ def test_metrics_are_followed_line_by_line(tmp_path):
     with path.open("a") as file:
         file.write('-written"}\n')
     assert [event["event"] for event in follow.new()] == ["half-written"]
+
+
+@pytest.mark.parametrize("line", ['{"event": "upd', "[1]", "{}", "\0\0\0"])
+def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    MetricsWriter(path)("update", loss=1.5)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match="E0720") as raised:
+        read_metrics(path)
+    assert raised.value.place == f"{path}:2"

@@ -55,6 +55,8 @@ def test_a_function_reads_texts_and_a_sum_weighs_its_terms():
         ([1.0, None], "gave None for answer 1, 'second'"),
         (["x", 1.0], "gave 'x' for answer 0, 'first'"),
         ([1.0, "1"], "gave '1' for answer 1, 'second'"),
+        ([1e39, 1.0], "gave 1e+39 for answer 0, 'first'"),  # an infinite score in fp32, which a run computes in
+        ([10**400, 1.0], f"gave 1{'0' * 79} for answer 0, 'first'"),
         ({0: 0.5, 1: 1.0}, "gave dict, not a list of numbers"),
         ({0.5, 1.0}, "gave set, not a list of numbers"),
     ],
@@ -73,6 +75,7 @@ def test_a_function_that_raises(capsys):
     with pytest.raises(UserError, match="E0742") as raised:
         TextReward("`score` of `rewards.py`", score, decode)(answers("first"))
     assert raised.value.message == "`score` of `rewards.py` raised ZeroDivisionError: division by zero"
+    assert raised.value.place == f"{__file__}:{score.__code__.co_firstlineno + 1}"
     with pytest.raises(UserError, match="`lazy` raised ZeroDivisionError"):
         TextReward("`lazy`", lambda prompts, texts: (1 / 0 for _ in texts), decode)(answers("first"))
     with pytest.raises(UserError, match="`score` of `rewards.py` raised SystemExit: 3"):
