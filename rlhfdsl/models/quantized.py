@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -151,11 +151,16 @@ def _without_scales(module: nn.Module, state: dict[str, Any], prefix: str, metad
 
 def layers(model: nn.Module) -> dict[str, Linear4bit]:
     """The layers of a model that are in 4 bits, by their path."""
+    return {path: module for path, module in model.named_modules() if is_packed(module)}
+
+
+def is_packed(module: nn.Module) -> TypeGuard[Linear4bit]:
+    """Whether a layer is in 4 bits."""
     if not HERE:
-        return {}
+        return False
     from bitsandbytes.nn import Linear4bit
 
-    return {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+    return isinstance(module, Linear4bit)
 
 
 def transposed(layer: Linear4bit) -> bool:

@@ -15,9 +15,9 @@ def at_once(
 ) -> Sampling | None:
     """The most sequences that fit in `room` bytes beside all that stays; None when the actor's size is unknown.
 
-    A graph over weights in place keeps its cache where that is at most half of the room; else
-    it gives it back after each rollout. A copy of the weights, which is made anew for each rollout, lies on the number
-    of devices and is kept or given back as holds the most sequences at once, of equals the fewest devices and kept.
+    A graph keeps its cache, and a copy of the weights, where that is at most half of the room, or gives them back after
+    each rollout, whichever holds more sequences at once. A copy lies on the number of devices that holds the most. Of
+    equals it is the fewest devices, and kept.
     Where no graph has room, eager samples if it may.
     """
     shape = actor.shape
@@ -49,7 +49,7 @@ def at_once(
         kept = (False,) if rollout.free_cache else (True, False)
         found = [way for size in sizes for stays in kept if (way := most("graph", size, stays)) is not None]
         if found:
-            return max(found, key=lambda way: way.rows) if zero == 3 else found[0]
+            return max(found, key=lambda way: way.rows)
         if not rollout.spare:
             return used("graph", 1, sizes[-1], False)
     return most("eager", 1, False) or used("eager", 1, 1, False)

@@ -25,9 +25,11 @@ from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, HOST_MEMORY, Rates
 # `engines/rollout/dense.py`, and of more (H100: OPT-1.3B at 16, and at 128).
 FEW, GRAPH_LAYER_OF_FEW, GRAPH_LAYER = 32, 0.026e-3, 0.042e-3
 ADAPTER = 0.25  # of the launches of a layer, for each adapter in it (H100: Llama-3.2-3B with 7 under peft)
-# Rows of a product up to which bitsandbytes 0.50.2 has a kernel that reads 4 bits as they lie; of what it says of
-# matrices of 4096 and more on most GPUs. With more rows each matrix is written in the engine's type first.
-READ_IN_PLACE = 16
+GRAPH_ADAPTER = 0.007e-3  # seconds of each adapter of a layer in a captured step (H100: rank 16, 4096 to 36 864 wide)
+# A captured step of up to FEW sequences reads weights in 4 bits as they lie; making values of them takes so many times
+# what their bytes take, of up to HALF and of more sequences (H100: matrices of OPT-13B and 66B). Otherwise each matrix
+# is written in the engine's type first.
+HALF, UNPACKING_HALF, UNPACKING = 16, 3.0, 5.0
 READ = 3 / traffic.LAYER_LAUNCHES  # of the launches of a layer, for each matrix in 4 bits: scales, their offset, itself
 # Forward passes of launches that torch's checkpointing of a layer costs the host beside the one that it repeats, by its
 # hooks at every tensor (H100: OPT-1.3B).
@@ -303,19 +305,23 @@ class _Clock:
         ) + self.totals(slots * prompt, tensor)  # fmt: skip
         cache = memory.kv_cache(self.shape, sequences=sampling.rows, length=1, dtype=self.placed.need.dtype)
         read = self.width * shards.held(self.shape, self.count, tensor) + cache * (prompt + answer / 2)
-        layers = self.layers
-        if slots <= READ_IN_PLACE:
-            read -= (self.width - memory.PACKED) * self.placed.need.packed
-        else:
-            read, layers = read + self.read_back, layers + self.reading
         compute = slots * self.flops(prompt + answer / 2, tensor=tensor) / self.rates.matmul
-        if sampling.engine == "graph":
-            need = self.placed.need
-            few = slots <= FEW and need.dtype != "fp32" and need.lora is None  # adapters come between products
+        need, graph = self.placed.need, sampling.engine == "graph"
+        few = graph and slots <= FEW and need.dtype != "fp32"
+        as_they_lie = few and need.dtype == "bf16"
+        if as_they_lie:
+            slower = UNPACKING_HALF if slots <= HALF else UNPACKING
+            read -= (self.width - slower * memory.PACKED) * need.packed
+        else:
+            read += self.read_back
+        if graph:
             step = max(read / self.rates.copy, compute) + self.totals(slots, tensor)
+            layers = self.shape.layers + (0.0 if as_they_lie else self.reading)
             step += layers * (GRAPH_LAYER_OF_FEW if few else GRAPH_LAYER)
+            if need.lora is not None:
+                step += self.shape.layers * len(need.lora.layers or ()) * GRAPH_ADAPTER
             return rounds * (prefill + answer * step) + self.links(train=False)
-        step = max(layers * self.rates.decode, read / self.rates.copy, compute)
+        step = max((self.layers + self.reading) * self.rates.decode, read / self.rates.copy, compute)
         step += slots * self.shape.vocab * memory.DRAW / self.rates.copy
         if self.placed.zero == 3 and self.count > self.placed.need.live:
             step += self.links(train=False)

@@ -9,6 +9,7 @@ from rollouts import LORA, joined, tiny
 from rollouts import learn as learn_once
 from small import engine, scratch, spec
 from test_engine import LENGTHS, nll, rollout, some_ids
+from test_peephole import Slow
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.engines.artifacts import save_model
@@ -16,10 +17,13 @@ from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.eager import EagerSampler
+from rlhfdsl.engines.rollout.fusing import forwards
 from rlhfdsl.engines.rollout.graph import GraphSampler
+from rlhfdsl.engines.rollout.operands import adapter_of
+from rlhfdsl.engines.rollout.peephole import Peephole
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.loading import gathered
-from rlhfdsl.models.lora import adapters_on_half, lora_layers
+from rlhfdsl.models.lora import adapters_off, adapters_on_half, lora_layers
 from rlhfdsl.models.tokenizers import byte_tokenizer
 
 ALL = "all-linear"
@@ -192,3 +196,32 @@ def test_targets_that_are_in_no_model(source):
     with pytest.raises(UserError, match="no layer of the model") as raised:
         engine(PolicyEngine, source, spec(lora=lora(targets=["c_attn"])))
     assert raised.value.code == "E0822"
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
+def test_kernels_are_given_layers_with_their_adapters(name, few, monkeypatch):
+    """Where the kernels do not take the product of a layer, or it is no `nn.Linear`, its adapter comes after it."""
+    policy = tiny(name, lora=lora())
+    learn(policy)
+    slow = Slow(few)
+    with torch.no_grad():
+        expected = policy.module(some_ids()).logits
+        mode = Peephole(slow)
+        for module, forward in forwards(policy.module, mode):
+            monkeypatch.setattr(module, "forward", forward)
+        with mode:
+            found = policy.module(some_ids()).logits
+    torch.testing.assert_close(found, expected)
+    assert slow.adapters == len(lora_layers(policy.module))
+
+
+def test_kernels_leave_an_adapter_that_is_off_alone():
+    policy = tiny("opt", lora=lora())
+    layer = lora_layers(policy.module)[0]
+    policy.eval()
+    assert adapter_of(layer).factor == 2.0
+    with adapters_off([layer]):
+        assert adapter_of(layer) is None
+    policy.train()
+    assert adapter_of(layer) is None  # dropout

@@ -16,6 +16,7 @@ class Slow:
 
     def __init__(self, few=True):
         self.calls = []
+        self.adapters = 0
         self.few = few
 
     def takes_product(self, x, weight, bias):
@@ -24,14 +25,23 @@ class Slow:
     def takes_norm(self, x, weight):
         return True
 
-    def product(self, x, weight, bias, activation, added, out):
+    def takes_adapter(self, x, adapter):
+        return True
+
+    def product(self, x, weight, bias, adapter, activation, added, out):
         self.calls.append((activation, added is not None))
         value = functional.linear(x, weight, bias)
+        if adapter is not None:
+            value = self.adapted(value, x, adapter)
         if activation == "gelu_tanh":
             value = functional.gelu(value, approximate="tanh")
         elif activation is not None:
             value = self.functions[activation](value)
         out.copy_(value if added is None else value + added)
+
+    def adapted(self, base, x, adapter):
+        self.adapters += 1
+        return base + adapter.factor * (x @ adapter.down.T @ adapter.up.T)
 
     def layer_norm(self, x, weight, bias, eps, added=None, total=None):
         self.calls.append("norm" if added is None else "norm of a sum")

@@ -22,8 +22,9 @@ from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.eager import EagerSampler
-from rlhfdsl.engines.rollout.fusing import products
+from rlhfdsl.engines.rollout.fusing import forwards, products
 from rlhfdsl.engines.rollout.graph import GraphSampler
+from rlhfdsl.engines.rollout.operands import SCALES, Packed
 from rlhfdsl.engines.rollout.peephole import Peephole
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models import quantized
@@ -246,6 +247,41 @@ def test_fewer_kernels_leave_packed_layers_alone(sources, arch, few):
             found = policy.module(some_ids()).logits
     torch.testing.assert_close(found, expected)
     assert slow.calls
+
+
+class SlowPacked(Slow):
+    unpacked = 0
+
+    def product(self, x, weight, bias, *more):
+        if isinstance(weight, Packed):
+            from bitsandbytes.functional import get_4bit_type
+
+            self.unpacked += 1
+            both = torch.stack([weight.codes.flatten() >> 4, weight.codes.flatten() & 15], -1).flatten()
+            maxima = weight.maxima.repeat_interleave(SCALES)[: len(weight.scales)]
+            scales = weight.table[weight.scales.long()] * maxima + weight.offset
+            values = get_4bit_type("nf4", device="cpu")[both.long()].view(-1, quantized.BLOCK) * scales[:, None]
+            weight = values.view(weight.shape)
+        super().product(x, weight, bias, *more)
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_are_given_packed_weights_with_their_adapters(sources, arch, few, monkeypatch):
+    """Slow kernels read the codes by hand: a table of sixteen, two scales and the offset."""
+    policy = engine(HybridEngine, sources[arch], spec(lr=1e-2, lora=lora()))
+    learn(policy)
+    slow = SlowPacked(few)
+    with torch.no_grad():
+        expected = policy.module(some_ids()).logits
+        mode = Peephole(slow)
+        for module, forward in forwards(policy.module, mode):
+            monkeypatch.setattr(module, "forward", forward)
+        with mode:
+            found = policy.module(some_ids()).logits
+    torch.testing.assert_close(found, expected)
+    assert slow.adapters == len(lora_layers(policy.module))
+    assert slow.unpacked == (len(quantized.layers(policy.module)) if few else 0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -11,17 +11,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from rlhfdsl.engines.rollout import lowrank, packed
+from rlhfdsl.engines.rollout.epilogue import ACTIVATIONS, active, finish
 from rlhfdsl.engines.rollout.launch import early_launch
+from rlhfdsl.engines.rollout.operands import Adapter, Packed
 
 ROWS = 32  # more are left to cuBLAS
 COLUMNS = 1024  # of the output; fewer do not keep a GPU busy
 WIDTH = 16_384  # elements of a row that a norm reads at once
 BLOCK = 1024  # elements of a row that one program activates
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
-def takes_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def takes_product(x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None) -> bool:
     """Whether `product` is meant for these."""
+    if isinstance(weight, Packed):
+        return packed.takes(x, weight, bias)
     if weight.dim() != 2:
         return False
     n, k = weight.shape
@@ -40,25 +44,31 @@ def takes_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def product(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Packed,
     bias: torch.Tensor | None,
+    adapter: Adapter | None,
     activation: str | None,
     added: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """out [..., N] = activation(x [..., K] @ weight [N, K]^T + bias [N]) + added [..., N], rounded once.
+    """out [..., N] = activation(x [..., K] @ weight [N, K]^T + adapter + bias [N]) + added [..., N], rounded once.
 
-    At most `ROWS` rows; sums in fp32. activation: a name of `ACTIVATIONS`.
+    At most `ROWS` rows; sums in fp32. adapter: which must be one that `takes_adapter`. activation: a name of
+    `ACTIVATIONS`.
     """
-    n, k = weight.shape
-    rows = x.numel() // k
     x = x.contiguous()
     added = None if added is None else added.contiguous()
+    if isinstance(weight, Packed):
+        packed.product(x, weight, bias, adapter, activation, added, out)
+        return
+    n, k = weight.shape
+    rows = x.numel() // k
     block_n, block_k, stages = _tile(n, k, rows)
+    arguments, constants = lowrank.none(x) if adapter is None else lowrank.lowered(x, adapter)
     _product[(triton.cdiv(n, block_n),)](
-        x, weight, weight if bias is None else bias, x if added is None else added, out, rows, n, k,
+        x, weight, weight if bias is None else bias, x if added is None else added, *arguments, out, rows, n, k,
         BM=max(16, triton.next_power_of_2(rows)), BN=block_n, BK=block_k, STAGES=stages, BIAS=bias is not None,
-        ADDED=added is not None, ACTIVATION=ACTIVATIONS[activation], num_warps=4, **early_launch(x.device),
+        ADDED=added is not None, ACTIVATION=ACTIVATIONS[activation], **constants, num_warps=4, **early_launch(x.device),
     )  # fmt: skip
 
 
@@ -74,9 +84,9 @@ def _tile(n: int, k: int, rows: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _product(
-    x, weight, bias, added, out, rows, n, k,
+    x, weight, bias, added, down, up, rank, factor, out, rows, n, k,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
-    ADDED: tl.constexpr, ACTIVATION: tl.constexpr, EARLY: tl.constexpr,
+    ADDED: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BN
     column = first + tl.arange(0, BN)
@@ -94,14 +104,19 @@ def _product(
         total = tl.dot(a, b, total)
     if EARLY:
         gdc_launch_dependents()
-    if BIAS:
-        total += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
-    total = _active(total, ACTIVATION)
-    place = row[:, None] * n + column[None, :]
-    here = (row < rows)[:, None] & real[None, :]
-    if ADDED:
-        total += tl.load(added + place, mask=here, other=0.0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=here)
+    finish(
+        total, bias, added, down, up, out, row, column, rows, n, rank, factor, BIAS, ADDED, ACTIVATION, PARTS, R
+    )  # fmt: skip
+
+
+def takes_adapter(x: torch.Tensor, adapter: Adapter) -> bool:
+    """Whether `product` and `adapted` are meant for such an adapter."""
+    return lowrank.takes(x, adapter)
+
+
+def adapted(base: torch.Tensor, x: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    """base [..., N], a linear layer's output for x [..., K], and what its adapter adds, rounded once."""
+    return lowrank.added(base, x, adapter)
 
 
 def takes_rows(x: torch.Tensor) -> bool:
@@ -122,19 +137,6 @@ def activated(x: torch.Tensor, activation: str, factor: torch.Tensor | None, out
 
 
 @triton.jit
-def _active(value, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 1:
-        value = tl.maximum(value, 0.0)
-    elif ACTIVATION == 2:
-        value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
-    elif ACTIVATION == 3:
-        value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
-    elif ACTIVATION == 4:
-        value = value * tl.sigmoid(value)
-    return value
-
-
-@triton.jit
 def _activated(
     x, factor, out, width, x_row, factor_row,
     ACTIVATION: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -145,7 +147,7 @@ def _activated(
     if EARLY:
         gdc_wait()
     value = tl.load(x + row * x_row + column, mask=real, other=0.0)
-    value = _active(value.to(tl.float32), ACTIVATION).to(out.dtype.element_ty)
+    value = active(value.to(tl.float32), ACTIVATION).to(out.dtype.element_ty)
     if FACTOR:
         value = value * tl.load(factor + row * factor_row + column, mask=real, other=0.0)
     if EARLY:

@@ -20,7 +20,9 @@ from torch import nn
 from torch.nn import functional
 
 from rlhfdsl.engines import norms
+from rlhfdsl.engines.rollout.operands import Adapter, adapter_of, packed_of
 from rlhfdsl.engines.rollout.peephole import Peephole
+from rlhfdsl.models.lora import LoraLayer
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ROTARY = "apply_rotary_pos_emb"  # the name that every rotary family of transformers gives it
@@ -68,11 +70,8 @@ def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
         from rlhfdsl.engines.rollout import dense
 
         mode = Peephole(dense)
-        for module in model.modules():
-            if type(module).__name__.endswith("Norm") and not list(module.children()):
-                forward = _norm(module, mode)
-                if forward is not None:
-                    patch(module, "forward", forward)
+        for module, forward in forwards(model, mode):
+            patch(module, "forward", forward)
         for place in {sys.modules[type(module).__module__] for module in model.modules()}:
             if hasattr(place, ROTARY):
                 patch(place, ROTARY, partial(_call, mode, _compiled(getattr(place, ROTARY))))
@@ -83,12 +82,45 @@ def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
             undo()
 
 
-def _norm(module: nn.Module, mode: Peephole) -> Callable[..., torch.Tensor] | None:
-    """Another forward of a norm: our kernel where it gives the same, else its own compiled. None: the mode has it."""
-    from rlhfdsl.engines.rollout import dense
+def forwards(model: nn.Module, mode: Peephole) -> Iterator[tuple[nn.Module, Callable[..., torch.Tensor]]]:
+    """The modules of which another forward is better, and that: it computes with `mode` and gives the same."""
+    for module in model.modules():
+        forward = _layer(module, mode)
+        if type(module).__name__.endswith("Norm") and not list(module.children()):
+            forward = _norm(module, mode)
+        if forward is not None:
+            yield module, forward
 
+
+def _layer(module: nn.Module, mode: Peephole) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Another forward of a linear layer that has an adapter or lies in 4 bits; None for any other module."""
+    if isinstance(module, LoraLayer):
+        adapter = adapter_of(module)
+        if adapter is None or not mode.kernels.takes_adapter(adapter.up, adapter):
+            return None
+        base = module.get_base_layer()
+        return partial(_forward, mode, base, base, adapter)
+    if packed_of(module) is not None:
+        return partial(_forward, mode, module, partial(type(module).forward, module), None)
+    return None
+
+
+def _forward(
+    mode: Peephole, layer: nn.Module, otherwise: Callable[..., torch.Tensor], adapter: Adapter | None, x: torch.Tensor
+) -> torch.Tensor:
+    """layer: the one without its adapter. otherwise: what computes it where the kernels do not."""
+    weight = packed_of(layer) or (layer.weight if type(layer) is nn.Linear else None)
+    out = None if weight is None else mode.layer(x, weight, layer.bias, adapter)
+    if out is not None:
+        return out
+    out = otherwise(x)
+    return out if adapter is None else mode.adapted(out, x, adapter)
+
+
+def _norm(module: nn.Module, mode: Peephole) -> Callable[..., torch.Tensor] | None:
+    """Another forward of a norm: a kernel where it gives the same, else its own compiled. None: the mode has it."""
     weight = getattr(module, "weight", None)
-    if weight is not None and dense.takes_norm(weight, weight):
+    if weight is not None and mode.kernels.takes_norm(weight, weight):
         if type(module) is nn.LayerNorm:
             return None
         eps = norms.epsilon(module)

@@ -16,20 +16,26 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from rlhfdsl.engines.rollout.operands import Adapter, Packed
+
 
 class Kernels(Protocol):
     """What computes; `engines/rollout/dense.py` has it for CUDA."""
 
-    def takes_product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool: ...
+    def takes_product(self, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None) -> bool: ...
+
+    def takes_adapter(self, x: torch.Tensor, adapter: Adapter) -> bool: ...
 
     def takes_norm(self, x: torch.Tensor, weight: torch.Tensor) -> bool: ...
 
     def takes_rows(self, x: torch.Tensor) -> bool: ...
 
     def product(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None,
-        added: torch.Tensor | None, out: torch.Tensor,
+        self, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, adapter: Adapter | None,
+        activation: str | None, added: torch.Tensor | None, out: torch.Tensor,
     ) -> None: ...  # fmt: skip
+
+    def adapted(self, base: torch.Tensor, x: torch.Tensor, adapter: Adapter) -> torch.Tensor: ...
 
     def layer_norm(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
@@ -59,15 +65,17 @@ class _Waiting:
 
 
 class _Product(_Waiting):
-    """A linear layer, and what has become part of it.
+    """A linear layer with its adapter, and what has become part of it.
 
     Besides the last one the model was given an output of each step before: of the product, and of its activation. One
     that somebody still holds when the product is computed is filled too.
     """
 
-    def __init__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(
+        self, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, adapter: Adapter | None = None
+    ):
         super().__init__(x.new_empty(*x.shape[:-1], len(weight)))
-        self.x, self.weight, self.bias = x, weight, bias
+        self.x, self.layer = x, (weight, bias, adapter)
         self.activation: str | None = None
         self.added: torch.Tensor | None = None
         self.earlier: list[Callable[[], torch.Tensor | None]] = []
@@ -83,10 +91,10 @@ class _Product(_Waiting):
     def compute(self, kernels: Kernels) -> None:
         held = [out() for out in self.earlier]
         if all(out is None for out in held):
-            kernels.product(self.x, self.weight, self.bias, self.activation, self.added, self.last)
+            kernels.product(self.x, *self.layer, self.activation, self.added, self.last)
             return
         value = torch.empty_like(self.last) if held[0] is None else held[0]
-        kernels.product(self.x, self.weight, self.bias, None, None, value)
+        kernels.product(self.x, *self.layer, None, None, value)
         for step, out in zip(self.steps, [*held[1:], self.last], strict=True):
             value = step(value) if out is None else out.copy_(step(value))
 
@@ -230,6 +238,22 @@ class Peephole(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             x, along = self._with_sum(input)
             return self.kernels.rms_norm(x, weight, eps, **along)
+
+    def layer(
+        self, input: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, adapter: Adapter | None
+    ) -> torch.Tensor | None:
+        """The forward of a layer that is more than `linear`, in a module's forward (fusing.py); None if not taken."""
+        with torch._C.DisableTorchFunction():
+            if not self.kernels.takes_product(input, weight, bias):
+                self.flush()
+                return None
+            return self.wait(_Product(input, weight, bias, adapter))
+
+    def adapted(self, base: torch.Tensor, input: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+        """What a layer makes of `input` with its adapter, where `base` is what it makes without."""
+        with torch._C.DisableTorchFunction():
+            self.flush()
+            return self.kernels.adapted(base, input, adapter)
 
     def _with_sum(self, input: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What a norm of `input` reads: that, computed, or the parts of the sum that it is and where that goes."""
