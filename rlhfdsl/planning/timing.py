@@ -26,10 +26,10 @@ from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, HOST_MEMORY, Rates
 FEW, GRAPH_LAYER_OF_FEW, GRAPH_LAYER = 32, 0.026e-3, 0.042e-3
 ADAPTER = 0.25  # of the launches of a layer, for each adapter in it (H100: Llama-3.2-3B with 7 under peft)
 GRAPH_ADAPTER = 0.007e-3  # seconds of each adapter of a layer in a captured step (H100: rank 16, 4096 to 36 864 wide)
-# A captured step of up to FEW sequences reads weights in 4 bits as they lie; making values of them takes so many times
-# what their bytes take, of up to HALF and of more sequences (H100: matrices of OPT-13B and 66B). Otherwise each matrix
-# is written in the engine's type first.
-HALF, UNPACKING_HALF, UNPACKING = 16, 3.0, 5.0
+# A captured step of up to FEW sequences reads weights in 4 bits as they lie. What takes time is making values of them,
+# seconds for each weight: of up to HALF sequences (H100: matrices of OPT-66B) and of more (of OPT-13B). Otherwise each
+# matrix is written in the engine's type first.
+HALF, UNPACKED_HALF, UNPACKED = 16, 0.50e-12, 0.86e-12
 READ = 3 / traffic.LAYER_LAUNCHES  # of the launches of a layer, for each matrix in 4 bits: scales, their offset, itself
 # Forward passes of launches that torch's checkpointing of a layer costs the host beside the one that it repeats, by its
 # hooks at every tensor (H100: OPT-1.3B).
@@ -309,13 +309,14 @@ class _Clock:
         need, graph = self.placed.need, sampling.engine == "graph"
         few = graph and slots <= FEW and need.dtype != "fp32"
         as_they_lie = few and need.dtype == "bf16"
+        made = 0.0  # seconds beside those of what is read
         if as_they_lie:
-            slower = UNPACKING_HALF if slots <= HALF else UNPACKING
-            read -= (self.width - slower * memory.PACKED) * need.packed
+            read -= self.width * need.packed
+            made = need.packed * max(memory.PACKED / self.rates.copy, UNPACKED_HALF if slots <= HALF else UNPACKED)
         else:
             read += self.read_back
         if graph:
-            step = max(read / self.rates.copy, compute) + self.totals(slots, tensor)
+            step = max(read / self.rates.copy + made, compute) + self.totals(slots, tensor)
             layers = self.shape.layers + (0.0 if as_they_lie else self.reading)
             step += layers * (GRAPH_LAYER_OF_FEW if few else GRAPH_LAYER)
             if need.lora is not None:
