@@ -8,6 +8,7 @@ from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Need, Rollout, Sampling
 
 KEPT = 2  # what stays between rollouts may take a half of what model states leave free
+CAPTURE = 2.0  # seconds in which a step is captured anew, at most, where its memory was given back
 
 
 def at_once(
@@ -15,9 +16,10 @@ def at_once(
 ) -> Sampling | None:
     """The most sequences that fit in `room` bytes beside all that stays; None when the actor's size is unknown.
 
-    A graph keeps its cache, and a copy of the weights, where that is at most half of the room, or gives them back after
-    each rollout, whichever holds more sequences at once. A copy lies on the number of devices that holds the most. Of
-    equals it is the fewest devices, and kept.
+    A graph over weights in place keeps its cache where that is at most half of the room, or gives it back after each
+    rollout where the sequences that are then at once save more than a capture takes. A copy of the weights, made anew
+    for each rollout, lies on the number of devices and is kept or given back as holds the most sequences at once, of
+    equals the fewest devices and kept.
     Where no graph has room, eager samples if it may.
     """
     shape = actor.shape
@@ -44,12 +46,19 @@ def at_once(
                 return found
         return None
 
+    def saved(fewer: Sampling, more: Sampling) -> float:
+        rates = target.rates(actor.dtype)
+        rounds = rollout.per_rank / fewer.rows - rollout.per_rank / more.rows
+        return 0.0 if rates is None else rounds * (rollout.length - rollout.prompt) * states.weights / rates.copy
+
     if rollout.engine == "graph":
         sizes = [rollout.tensor] if rollout.tensor is not None else _sizes(actor, zero, target.gpus)
         kept = (False,) if rollout.free_cache else (True, False)
         found = [way for size in sizes for stays in kept if (way := most("graph", size, stays)) is not None]
         if found:
-            return max(found, key=lambda way: way.rows)
+            best = max(found, key=lambda way: way.rows)
+            in_place = zero < 3 and found[0].tensor == 1
+            return found[0] if in_place and saved(found[0], best) <= CAPTURE else best
         if not rollout.spare:
             return used("graph", 1, sizes[-1], False)
     return most("eager", 1, False) or used("eager", 1, 1, False)

@@ -3,9 +3,10 @@
 import pytest
 from workshop import rates_of
 
-from rlhfdsl.planning import hardware, timing
+from rlhfdsl.planning import hardware, memory, timing
 from rlhfdsl.planning.catalog import lookup, parameters, shape
 from rlhfdsl.planning.fit import fit
+from rlhfdsl.planning.generation import at_once
 from rlhfdsl.planning.hardware import MIB, Target
 from rlhfdsl.planning.layout import Need, Rollout
 from rlhfdsl.planning.rates import TRAIN, of_catalog, of_profile
@@ -188,3 +189,20 @@ def test_a_captured_step_of_few_sequences_has_fewer_kernels(dtype):
     saved = 24 * 256 * (timing.GRAPH_LAYER - timing.GRAPH_LAYER_OF_FEW)
     more = found[1] - found[0]
     assert more > saved if dtype == "bf16" else more < saved
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(1.9, 4), (2.1, 8)])
+def test_a_cache_is_given_back_where_that_saves_more_than_a_capture(monkeypatch, seconds, rows):
+    """Room for the cache of 8 sequences, half of it for that of 4: a second round reads the weights 256 times more."""
+    one = Target("cuda", "h100-80g", 81559 * MIB, 1, 1, "--gpus")
+    actor = need("actor", "facebook/opt-1.3b", 8, 512, zero=1, micro=1, checkpointing=False, dtype="bf16")
+    (placed,) = fit([actor], Rollout(8, 256, 512, "graph"), one).engines
+    cache, whole = memory.generation(
+        actor.shape, rows=8, prompt=256, length=512, dtype="bf16", eager=False, graph=True, device="cuda"
+    )
+    rates_of(monkeypatch, copy=256 * placed.states.weights / seconds)
+    assert whole < 1.8 * cache
+    found = at_once(actor, 1, placed.states, Rollout(8, 256, 512, "graph"), int(1.8 * cache), one)
+    assert (found.rows, found.kept > 0) == (rows, rows == 4)
+    always = at_once(actor, 1, placed.states, Rollout(8, 256, 512, "graph", free_cache=True), int(1.8 * cache), one)
+    assert (always.rows, always.kept) == (8, 0)
