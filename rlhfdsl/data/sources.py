@@ -142,6 +142,8 @@ class _Local:
 
     def _nearest(self) -> str:
         folder = self.path.parent
+        if set("*?[") & set(self.named):
+            return "a pattern is not read: name one file, or mix several `data` blocks in a blend"
         if not folder.is_dir():
             return "its folder does not exist; paths are relative to the recipe"
         near = difflib.get_close_matches(self.path.name, [p.name for p in folder.iterdir()], n=1)

@@ -141,7 +141,11 @@ def find(document: Document, path: Path) -> tuple[Place | None, list[Diagnostic]
     lengths = range(len(words) - 1, 0, -1)
     cut = next((n for n in lengths if ".".join(word.text for word in words[:n]) in tops), None)
     if cut is None:
-        return None, _no_path(document, path.span, ".".join(word.text for word in words[:2]), list(tops))
+        head = ".".join(word.text for word in words[:2])
+        if path.text in tops:
+            type_ = type_of(document.blocks[tops[path.text]])
+            return None, _block(document, path, attributes_of(type_) if type_ in schema.types() else ())
+        return None, _no_path(document, path.span, head, list(tops))
     address = ".".join(word.text for word in words[:cut])
     type_ = type_of(document.blocks[tops[address]])
     if type_ not in schema.types():
@@ -150,7 +154,11 @@ def find(document: Document, path: Path) -> tuple[Place | None, list[Diagnostic]
     attr, inner, name = _attribute(type_, words[cut:], imports)
     if attr is None:
         known = [f"{address}.{n}" for n in attributes_of(type_)]
-        return None, _no_path(document, path.span, path.text, known)
+        for word in words[cut:]:
+            if word.text not in schema.definition(type_).blocks:
+                return None, _no_path(document, path.span, path.text, known)
+            type_ = schema.definition(type_).blocks[word.text][0]
+        return None, _block(document, path, attributes_of(type_) or ("NAME",))
     return Place(tops[address], type_, inner, name, attr), []
 
 
@@ -232,6 +240,13 @@ def _argument(
         if not symbol and not named:
             return Text(source.slice(value), value), []
     return parsed, problems
+
+
+def _block(document: Document, path: Path, inside: Sequence[str]) -> list[Diagnostic]:
+    """Of a path that leads to a block, with the names of the attributes in it."""
+    help = "name an attribute in it" + (f", for example `{path.text}.{inside[0]}`" if inside else "")
+    message = f"`{path.text}` is a block, and no attribute of this recipe"
+    return [] if document.lost else [Diagnostic("E0504", "error", message, path.span, help=help)]
 
 
 def _no_path(document: Document, span: Span, path: str, known: Sequence[str]) -> list[Diagnostic]:

@@ -77,7 +77,7 @@ def convert(
         notes = (f"`{expression.text}` is {written(value)}",)
     if near is not None:
         help = f"for example `{attr.example}`"
-        if schema.shape(near) == "ratio" and isinstance(value, Quantity) and 1 < value.value <= 100:
+        if schema.shape(near) == "ratio" and isinstance(value, Quantity) and not value.unit and 1 < value.value <= 100:
             help = f"did you mean {written(value)}%?"
         message = f"`{attr.name}` must be {_range(near)}"
         label = f"this is {written(value)}"

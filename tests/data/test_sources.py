@@ -203,6 +203,7 @@ def test_a_missing_file_names_its_neighbour(folder):
     assert (error.code, error.place) == ("E0801", "data/owm.jsonl")
     assert error.help == "did you mean `own.jsonl` beside it?"
     assert "does not exist" in refused(folder, "elsewhere/own.jsonl").help
+    assert refused(folder, "data/*.jsonl").help.startswith("a pattern is not read: name one file")
 
 
 def test_a_directory_names_a_file_in_it(folder):

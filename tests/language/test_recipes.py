@@ -187,7 +187,11 @@ def test_arguments(base, params, sets, address, value):
         ({}, ["stage.stf.lr=3"], ["E0504"], "stage.sft"),
         ({}, ["stage.sft.log=3"], ["E0504"], "stage.sft.every.log"),
         ({}, ["stage.sft.lr=1e-4\n"], [], None),
-        ({}, ["stage.sft=1"], ["E0504"], None),
+        ({}, ["stage.sft=1"], ["E0504"], "name an attribute in it, for example `stage.sft.lr`"),
+        ({}, ["stage.sft.every={ log = 1 }"], ["E0504"], "name an attribute in it, for example `stage.sft.every.log`"),
+        ({}, ["data.rows.columns=1"], ["E0504"], "name an attribute in it, for example `data.rows.columns.NAME`"),
+        ({}, ["stage.sft.warmup=150%"], ["E0307"], "for example `warmup = 3%`"),
+        ({}, ["stage.sft.warmup=1.5"], ["E0307"], "did you mean 1.5%?"),
         ({}, ["seed=1"], ["E0504"], None),
     ],
 )
