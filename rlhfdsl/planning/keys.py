@@ -112,6 +112,8 @@ def changes(stage: Json, before: Json, now: Json, written: Mapping[str, Any]) ->
             named.insert(0, f"{path.removeprefix('needs.')} changed")
         elif path.startswith("edges."):
             derived.append(f"the rows of `{path.split('.')[1]}` changed")
+        elif path == "seed":
+            named.append("recipe.seed changed")  # the stage's own is derived from it
         elif address in written:
             named.append(f"{address}: {_text(a)}, now {_text(b)}")
         else:

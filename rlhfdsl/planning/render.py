@@ -15,7 +15,7 @@ Json = dict[str, Any]
 def render(plan: Json, actions: Mapping[str, tuple[str, str]] | None = None) -> str:
     """A plan (of plan.schema.json) as plain text: header, stages, engines, batches, data, writes.
 
-    actions: what a run would do with each stage now (run, rerun, resume, cached) and why, by address.
+    actions: what a run would do with each stage now (run, rerun, resume, cached, refused) and why, by address.
     """
     stages = [_stage(plan, stage) for stage in plan["stages"]]
     parts = [_header(plan), _overview(plan, actions or {}), *stages, _closing(plan)]
@@ -60,7 +60,7 @@ def _header(plan: Json) -> list[str]:
     ]
 
 
-_SIGNS = {"run": "+", "rerun": "~", "resume": ">", "cached": "="}
+_SIGNS = {"run": "+", "rerun": "~", "resume": ">", "cached": "=", "refused": "!"}
 
 
 def _overview(plan: Json, actions: Mapping[str, tuple[str, str]]) -> list[str]:

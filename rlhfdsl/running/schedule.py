@@ -36,18 +36,18 @@ class Action:
     """What a run does with a stage, and the reason as a sentence.
 
     folder: where the result or the checkpoint lies now. update: how many updates (PPO: rollouts) are done, of `of`.
-    lost: checkpoints that cannot be used, each with why. misfit: why a checkpoint of this stage does not fit the plan.
+    lost: checkpoints that cannot be used, each with why. A stage is refused for a checkpoint that does not fit the
+    plan, rather than to leave what it cost unused without a word.
     """
 
     stage: str
-    do: Literal["run", "rerun", "resume", "cached"]
+    do: Literal["run", "rerun", "resume", "cached", "refused"]
     reason: str
     folder: Path | None = None
     checkpoint: str | None = None
     update: int = 0
     of: int = 0
     lost: tuple[str, ...] = ()
-    misfit: str | None = None
 
 
 def actions(plan: Json) -> list[Action]:
@@ -88,14 +88,16 @@ def decide(plan: Json, stage: Json, stamp: Json, *, thorough: bool = False, anew
             update, of = manifest["update"], manifest["of"]
             reason = f"from a checkpoint after {update} of {of} {unit(stage)}"
             return Action(at, "resume", reason, folder, path.name, update, of, tuple(lost))
-    return Action(at, do, why, lost=tuple(lost), misfit=misfit)
+    if misfit is not None:
+        return Action(at, "refused", f"it has a checkpoint that does not fit this plan: {misfit}", lost=tuple(lost))
+    return Action(at, do, why, lost=tuple(lost))
 
 
 def settle(stage: Json, action: Action) -> Path | None:
     """Put a stage's folders in order for an action; returns the checkpoint to go on from.
 
-    A result or a checkpoint that another run may want is moved aside and never deleted. Raises UserError when a
-    checkpoint is there that does not fit, rather than to leave what it cost unused without a word.
+    A result or a checkpoint that another run may want is moved aside and never deleted. Raises UserError when the
+    stage is refused.
     """
     output = Path(stage["output"])
     partial = partial_of(output)
@@ -106,10 +108,10 @@ def settle(stage: Json, action: Action) -> Path | None:
         # A run that was killed right after it finished the stage had no time to remove them.
         shutil.rmtree(output / store.FOLDER, ignore_errors=True)
         return None
-    if action.misfit is not None and action.do != "resume":
+    if action.do == "refused":
         raise UserError(
-            "E0793", f"{stage['address']} has a checkpoint that does not fit this plan: {action.misfit}",
-            at=stage["address"], help="plan it as it was to go on, or start the stage anew with `rlhf run --anew`",
+            "E0793", f"{stage['address']}: {action.reason}", at=stage["address"],
+            help="plan it as it was to go on, or start the stage anew with `rlhf run --anew`",
         )  # fmt: skip
     _aside(output, "")
     if action.folder != partial:

@@ -76,6 +76,7 @@ def test_a_stage_is_cached_until_something_that_decides_changes(recipe):
         ("stage.sft.weight_decay=0.1", "stage.sft", "stage.sft.weight_decay: 0.0, now 0.1"),
         ("stage.sft.schedule=linear", "stage.sft", "stage.sft.schedule: cosine, now linear"),
         ("model.tiny.hidden=64", "stage.sft", "model.tiny.hidden: 32, now 64"),
+        ("recipe.seed=4", "stage.sft", "recipe.seed changed"),
     ],
 )
 def test_the_reason_names_the_setting(recipe, setting, stage, reason):
@@ -127,6 +128,8 @@ def test_another_layout_is_refused_with_the_reason_and_anew_leaves_it_aside(reci
         (("parallel.shard.zero=2",), 1, "`policy` had zero = 0, and now has 2"),
     ):
         other = plan(recipe, *sets, gpus=gpus)
+        action = decided(other)
+        assert action.do == "refused" and action.reason.endswith(f"this plan: after 4 of 6, {words}")
         with pytest.raises(UserError) as refused:
             settled(other)
         assert refused.value.code == "E0793" and f"after 4 of 6, {words}" in refused.value.message
