@@ -33,7 +33,7 @@ from rlhfdsl.planning.places import make_output
 from rlhfdsl.training import grpo, loop, ppo, rloo
 from rlhfdsl.training.context import Context
 from rlhfdsl.training.evaluation import answer, summary
-from rlhfdsl.training.handed import check_engine, check_reward, refuse
+from rlhfdsl.training.handed import check_engine, check_name, check_reward, refuse
 from rlhfdsl.training.onpolicy import Engines, OnPolicy
 from rlhfdsl.training.rewards import Function, TextReward
 
@@ -146,8 +146,13 @@ class Stage:
         return summary(answer(trainer, held_out)) if held_out else {}
 
     def save(self, engine: Engine, name: str) -> Path:
-        """Write an engine's model in Hugging Face form to `name` in the output; every rank calls it."""
+        """Write an engine's model in Hugging Face form to `name` in the output; every rank calls it.
+
+        A model that is there under that name is replaced. Raises UserError for a name that leads out of the output, and
+        for one of something else.
+        """
         check_engine(engine)
+        check_name(self.context.directory, name)
         path = self.context.directory / name
         save_model(engine, self.context.tokenizer, path, stop_ids=self.context.stop_ids)
         return path

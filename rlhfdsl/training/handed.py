@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +32,16 @@ def check_engine(engine: Any) -> None:
                "for example `trainer.engines.actor`, or `.critic`")  # fmt: skip
 
 
+def check_name(directory: Path, name: str) -> None:
+    """Refuse to save outside `directory`, or in place of what is no model: what is there is replaced whole."""
+    path = directory / name
+    if directory.resolve() not in path.resolve().parents:
+        refuse(f"`save` writes into `{directory}`, and `{name}` is not a name in it",
+               "for example `policy`; `open_stage(…, output=…)` says where")  # fmt: skip
+    if path.exists() and not (path / "config.json").is_file():
+        refuse(f"`{path}` is there, and it is no model", "`save` replaces a model of that name, and nothing else")
+
+
 def check_prompts(prompts: Sequence[Prompt], rows: Sequence[int], longest: int) -> None:
     """Refuse prompts that cannot be sampled from, or are longer than the plan has room for (`longest` tokens)."""
     if len(prompts) == 0:
@@ -47,8 +58,11 @@ def check_prompts(prompts: Sequence[Prompt], rows: Sequence[int], longest: int) 
                    "the plan has room for that many: cut it, or set `prompt` higher")  # fmt: skip
 
 
-def check_experience(experience: Experience, minibatch: int) -> None:
-    """Refuse an experience that is not whole minibatches of this rank, or in which a tensor has another form."""
+def check_experience(experience: Experience, minibatch: int, *, critic: bool) -> None:
+    """Refuse an experience that is not whole minibatches of this rank, or in which a tensor has another form.
+
+    critic: whether the update needs values and returns.
+    """
     if not isinstance(experience, Experience):
         refuse(f"`train_step` takes an experience, not a {type(experience).__name__}",
                "`generate_experience` returns two things: experience, metrics")  # fmt: skip
@@ -56,9 +70,10 @@ def check_experience(experience: Experience, minibatch: int) -> None:
         refuse(f"{len(experience)} answers on this rank are not whole minibatches of {minibatch}",
                "an update takes `minibatch` of the recipe / ranks; `experience.take(rows)` is a part")  # fmt: skip
     shape = experience.mask.shape
-    for name in ("advantages", "values", "returns"):
+    needed = ("log_probs", "ref_log_probs", "advantages", *(("values", "returns") if critic else ()))
+    for name in needed:
         tensor = getattr(experience, name)
-        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.shape != shape):
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
             found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             refuse(f"`{name}` of the experience is {found}, not {list(shape)}",
                    "one number for each token of each answer, 0 outside `mask`")  # fmt: skip

@@ -260,7 +260,7 @@ class OnPolicy(ABC):
         started = time.perf_counter()
         update = self.settings["update"]
         minibatch = update["minibatch"] // distributed.world()
-        check_experience(experience, minibatch)
+        check_experience(experience, minibatch, critic=self.engines.critic is not None)
         count = len(experience) // minibatch
         check_ptx(ptx, self.settings, update["epochs"] * count)
         history: list[dict[str, float]] = []

@@ -31,6 +31,7 @@ def test_it_learns_and_saves_its_policy(folder, capsys):
     scores = own_loop.main(["--rollouts", "11", "--output", "out"])
     assert len(scores) == 11 and scores[0] < 0.15 and sum(scores[-3:]) / 3 > 0.17
     assert len(capsys.readouterr().out.splitlines()) >= 11
+    assert own_loop.main(["--rollouts", "1", "--output", "out"])  # in place of the first one
     config = json.loads(Path("out/policy/config.json").read_text())
     assert config["model_type"] == "llama" and Path("out/policy/model.safetensors").exists()
 
@@ -78,6 +79,12 @@ def test_what_a_loop_hands_over_is_held_against_the_stage(folder):
     refused("PPO has no critic", stage.trainer, replace(engines, critic=None))
     trainer = stage.trainer()
     refused("`save` takes an engine, not a str", stage.save, "actor", "policy")
+    Path("out/notes").mkdir()
+    Path("out/notes/mine.txt").touch()
+    for name in ("", ".", "..", "../own-loop", str(folder)):
+        refused("`save` writes into `out`, and `.*` is not a name in it", stage.save, engines.actor, name)
+    refused("`out/notes` is there, and it is no model", stage.save, engines.actor, "notes")
+    assert Path("out/notes/mine.txt").exists() and (folder / "own.rlhf").exists()
 
     prompts, rows = stage.prompts(0)
     generate = trainer.generate_experience
@@ -93,6 +100,9 @@ def test_what_a_loop_hands_over_is_held_against_the_stage(folder):
     refused("24 answers on this rank are not whole minibatches of 32", trainer.train_step, experience.rows(0, 24))
     refused(r"`advantages` of the experience is \[32\], not \[32, 12\]", trainer.train_step,
             replace(experience, advantages=experience.scores))  # fmt: skip
+    refused("`returns` of the experience is NoneType", trainer.train_step, replace(experience, returns=None))
+    refused(r"`log_probs` of the experience is \[5, 12\]", trainer.train_step,
+            replace(experience, log_probs=experience.log_probs[:5]))  # fmt: skip
     refused("mixes no pretraining rows in", trainer.train_step, experience, [[], []])
     stage.settings["ptx"] = {"weight": 1.0, "batch": 4}
     refused("rows for 1 updates, and this rollout has 2", trainer.train_step, experience, [[]])
