@@ -108,7 +108,8 @@ def test_markup_is_text(capsys):
 # ---- files
 
 
-def test_deepspeed_writes_nowhere_else(capsys, recipe):
+def test_deepspeed_writes_nowhere_else(capsys, monkeypatch, recipe):
+    monkeypatch.setattr("rlhfdsl.cli.packages._LOGS", ())  # whether tensorboard is installed is not asked here
     home = str(recipe.parent)
     for escape in (
         f'flops_profiler {{ enabled = on, output_file = "{home}/x" }}',

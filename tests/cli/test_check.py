@@ -138,7 +138,6 @@ def test_it_is_fast():
     assert min(times) < 0.5
 
 
-NEEDED = "bitsandbytes"
 PACKED = """recipe "x" { }
 model wide { arch = llama, layers = 2, hidden = 64, heads = 4 }
 data rows { from = "./rows.jsonl", format = text }
@@ -147,6 +146,7 @@ stage sft {
   lora { rank = 4, base = nf4 }
 }
 """
+LOGGED = "deepspeed { wandb { enabled = on }, tensorboard { enabled = off }, csv_monitor { enabled = on } }"
 
 
 def test_a_package_that_is_needed_and_absent(tmp_path, capsys, monkeypatch):
@@ -154,11 +154,17 @@ def test_a_package_that_is_needed_and_absent(tmp_path, capsys, monkeypatch):
     path = tmp_path / "x.rlhf"
     path.write_text(PACKED)
     assert main.main(["check", str(path)]) == 0
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == NEEDED else find(name, *rest))
+    find, needed = importlib.util.find_spec, ("bitsandbytes", "wandb", "tensorboard")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in needed else find(name, *rest))
     for command in (["check", str(path)], ["plan", "--gpu", "cpu", "--no-lock", str(path)]):
         assert main.main(command) == 1
         said = "".join(capsys.readouterr())
         assert "error[E0823]" in said and "pip install 'rlhfdsl[qlora]'" in said and "x.rlhf:6:27" in said
     path.write_text(PACKED.replace(", base = nf4", ""))
     assert main.main(["check", str(path)]) == 0
+    capsys.readouterr()
+    path.write_text(PACKED.replace("lora { rank = 4, base = nf4 }", LOGGED))
+    assert main.main(["check", str(path)]) == 1
+    said = "".join(capsys.readouterr())
+    assert "error[E0825]: a log of DeepSpeed needs the package wandb" in said and "x.rlhf:6:33" in said
+    assert said.count("error[") == 1
