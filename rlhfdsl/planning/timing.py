@@ -22,7 +22,7 @@ from rlhfdsl.planning.layout import Fit, Placement, Sampling
 from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, HOST_MEMORY, Rates
 
 # Seconds of a captured decode step, a layer's beyond its bytes: of up to FEW sequences, whose products are kernels of
-# `engines/rollout/dense.py`, and of more (H100: OPT-1.3B at 16, and at 128).
+# `engines/rollout/kernels/dense.py`, and of more (H100: OPT-1.3B at 16, and at 128).
 FEW, GRAPH_LAYER_OF_FEW, GRAPH_LAYER = 32, 0.026e-3, 0.042e-3
 ADAPTER = 0.25  # of the launches of a layer, for each adapter in it (H100: Llama-3.2-3B with 7 under peft)
 GRAPH_ADAPTER = 0.007e-3  # seconds of each adapter of a layer in a captured step (H100: rank 16, 4096 to 36 864 wide)

@@ -16,7 +16,7 @@ ACTIVATIONS = {
 
 @pytest.fixture
 def dense():
-    from rlhfdsl.engines.rollout import dense
+    from rlhfdsl.engines.rollout.kernels import dense
 
     return dense
 
@@ -83,8 +83,8 @@ def packed(n, k):
     """Weights in 4 bits, and what they stand for exactly, in fp64."""
     from bitsandbytes.functional import quantize_4bit
 
+    from rlhfdsl.engines.rollout.kernels.packed import NF4
     from rlhfdsl.engines.rollout.operands import Packed
-    from rlhfdsl.engines.rollout.packed import NF4
 
     whole = random(n, k, dtype=torch.bfloat16) * k**-0.5
     codes, state = quantize_4bit(whole, quant_type="nf4", blocksize=64, compress_statistics=True)

@@ -107,7 +107,7 @@ def test_attention_takes_each_shape_as_it_comes():
 
 def attended(query, keys, values, lengths, *options):
     """The kernel's attention, which puts the last live column itself; it is checked to be there afterwards."""
-    from rlhfdsl.engines.rollout import attending
+    from rlhfdsl.engines.rollout.kernels import attending
 
     rows = torch.arange(len(query), device="cuda")
     last = (lengths - 1).clamp(min=0)
@@ -195,7 +195,7 @@ def test_attention_reads_nothing_beyond_a_length():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [259, 4096, 50272])
 def test_draws_are_those_of_the_torch_sampler(dtype, vocabulary):
-    from rlhfdsl.engines.rollout import drawing
+    from rlhfdsl.engines.rollout.kernels import drawing
 
     logits = (3 * torch.randn(64, vocabulary, device="cuda")).to(dtype)
     seeds = row_seeds(3, 1, torch.arange(64)).cuda()
@@ -212,7 +212,7 @@ def test_draws_are_those_of_the_torch_sampler(dtype, vocabulary):
 
 @pytest.mark.parametrize("stops", [(-1,), (3, 5, 8), tuple(range(0, 400, 2))])
 def test_slots_advance_as_in_torch(stops):
-    from rlhfdsl.engines.rollout import drawing
+    from rlhfdsl.engines.rollout.kernels import drawing
 
     rows, longest, stops = 64, 6, torch.tensor(stops, device="cuda")
     g = torch.Generator("cuda").manual_seed(0)
@@ -231,7 +231,7 @@ def test_slots_advance_as_in_torch(stops):
 
 
 def test_draws_follow_the_softmax():
-    from rlhfdsl.engines.rollout import drawing
+    from rlhfdsl.engines.rollout.kernels import drawing
 
     count = 1 << 19
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 3.0, 0.5], device="cuda").expand(count, 6).contiguous()

@@ -9,7 +9,7 @@ from rollouts import LORA, joined, tiny
 from rollouts import learn as learn_once
 from small import engine, scratch, spec
 from test_engine import LENGTHS, nll, rollout, some_ids
-from test_peephole import Slow
+from test_peephole import Slow, logits_by
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.engines.artifacts import save_model
@@ -17,10 +17,8 @@ from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.eager import EagerSampler
-from rlhfdsl.engines.rollout.fusing import forwards
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.engines.rollout.operands import adapter_of
-from rlhfdsl.engines.rollout.peephole import Peephole
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.loading import gathered
 from rlhfdsl.models.lora import adapters_off, adapters_on_half, lora_layers
@@ -207,11 +205,7 @@ def test_kernels_are_given_layers_with_their_adapters(name, few, monkeypatch):
     slow = Slow(few)
     with torch.no_grad():
         expected = policy.module(some_ids()).logits
-        mode = Peephole(slow)
-        for module, forward in forwards(policy.module, mode):
-            monkeypatch.setattr(module, "forward", forward)
-        with mode:
-            found = policy.module(some_ids()).logits
+        found = logits_by(slow, policy.module, some_ids(), monkeypatch)
     torch.testing.assert_close(found, expected)
     assert slow.adapters == len(lora_layers(policy.module))
 

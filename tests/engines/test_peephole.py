@@ -6,6 +6,7 @@ from rollouts import TYPES, tiny_model
 from torch import distributed, nn
 from torch.nn import functional
 
+from rlhfdsl.engines.rollout.fusing import forwards
 from rlhfdsl.engines.rollout.peephole import Peephole
 
 
@@ -60,6 +61,15 @@ class Slow:
 
     def takes_rows(self, x):
         return True
+
+
+def logits_by(kernels, model, ids, monkeypatch):
+    """The logits of a model whose forwards compute with these kernels, adapters and weights in 4 bits among them."""
+    mode = Peephole(kernels)
+    for module, forward in forwards(model, mode):
+        monkeypatch.setattr(module, "forward", forward)
+    with mode:
+        return model(ids).logits
 
 
 @pytest.fixture

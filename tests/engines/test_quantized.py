@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small import engine, model_entry, scratch, spec
 from test_engine import LENGTHS, nll, rollout, some_ids
 from test_lora import FULL, learn, tensors
-from test_peephole import Slow
+from test_peephole import Slow, logits_by
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.engines import artifacts
@@ -22,7 +22,7 @@ from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.eager import EagerSampler
-from rlhfdsl.engines.rollout.fusing import forwards, products
+from rlhfdsl.engines.rollout.fusing import products
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.engines.rollout.operands import SCALES, Packed
 from rlhfdsl.engines.rollout.peephole import Peephole
@@ -274,11 +274,7 @@ def test_kernels_are_given_packed_weights_with_their_adapters(sources, arch, few
     slow = SlowPacked(few)
     with torch.no_grad():
         expected = policy.module(some_ids()).logits
-        mode = Peephole(slow)
-        for module, forward in forwards(policy.module, mode):
-            monkeypatch.setattr(module, "forward", forward)
-        with mode:
-            found = policy.module(some_ids()).logits
+        found = logits_by(slow, policy.module, some_ids(), monkeypatch)
     torch.testing.assert_close(found, expected)
     assert slow.adapters == len(lora_layers(policy.module))
     assert slow.unpacked == (len(quantized.layers(policy.module)) if few else 0)

@@ -40,7 +40,7 @@ def attend(
     if attention_mask is None:
         out = _causal(query, key, value, scale, sliding_window, softcap, bias)
     elif query.is_cuda:
-        from rlhfdsl.engines.rollout import attending
+        from rlhfdsl.engines.rollout.kernels import attending
 
         lengths = attention_mask.view(-1)
         out = attending.attend(query, *key.newest, key, value, lengths, scale, sliding_window, softcap, bias)

@@ -67,7 +67,7 @@ def fused(model: nn.Module, compiled: bool) -> Iterator[None]:
         if not compiled:
             yield
             return
-        from rlhfdsl.engines.rollout import dense
+        from rlhfdsl.engines.rollout.kernels import dense
 
         mode = Peephole(dense)
         for module, forward in forwards(model, mode):

@@ -183,7 +183,7 @@ class GraphSampler(Sampler):
         self.cache.decode(slots.write, slots.length)
         logits = self._forward(slots.token.unsqueeze(1), slots.write.unsqueeze(1))[:, -1]
         if logits.is_cuda and self.group is None:
-            from rlhfdsl.engines.rollout import drawing
+            from rlhfdsl.engines.rollout.kernels import drawing
 
             drawing.advance(logits, law.temperature, slots, self._stops, law.longest)
             return

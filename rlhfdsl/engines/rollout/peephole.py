@@ -20,7 +20,7 @@ from rlhfdsl.engines.rollout.operands import Adapter, Packed
 
 
 class Kernels(Protocol):
-    """What computes; `engines/rollout/dense.py` has it for CUDA."""
+    """What computes; `engines/rollout/kernels/dense.py` has it for CUDA."""
 
     def takes_product(self, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None) -> bool: ...
 

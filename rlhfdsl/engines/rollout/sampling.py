@@ -51,7 +51,7 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B] drawn from logits [B, V] by the noise of (seed, step), and their log-probabilities [B]."""
     if logits.is_cuda:
-        from rlhfdsl.engines.rollout import drawing
+        from rlhfdsl.engines.rollout.kernels import drawing
 
         return drawing.draw(logits, temperature, seeds, step)
     logits = logits.float() / temperature

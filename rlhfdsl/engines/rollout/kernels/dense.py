@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rlhfdsl.engines.rollout import lowrank, packed
-from rlhfdsl.engines.rollout.epilogue import ACTIVATIONS, active, finish
-from rlhfdsl.engines.rollout.launch import early_launch
+from rlhfdsl.engines.rollout.kernels import lowrank, packed
+from rlhfdsl.engines.rollout.kernels.epilogue import ACTIVATIONS, active, finish
+from rlhfdsl.engines.rollout.kernels.launch import early_launch
 from rlhfdsl.engines.rollout.operands import Adapter, Packed
 
 ROWS = 32  # more are left to cuBLAS

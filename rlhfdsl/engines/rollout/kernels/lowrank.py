@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rlhfdsl.engines.rollout.epilogue import finish
-from rlhfdsl.engines.rollout.launch import early_launch
+from rlhfdsl.engines.rollout.kernels.epilogue import finish
+from rlhfdsl.engines.rollout.kernels.launch import early_launch
 from rlhfdsl.engines.rollout.operands import Adapter
 
 RANK = 64  # more do not fit beside a tile

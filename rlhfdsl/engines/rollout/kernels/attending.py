@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rlhfdsl.engines.rollout.launch import early_launch
+from rlhfdsl.engines.rollout.kernels.launch import early_launch
 
 _PROGRAMS = 1024  # programs that keep a GPU busy: a row's columns are split until there are about as many
 _MAX_SPLITS = 16

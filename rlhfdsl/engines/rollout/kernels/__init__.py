@@ -1,0 +1,1 @@
+"""Triton kernels of a decode step. They need a CUDA device and are imported where there is one."""
