@@ -216,6 +216,12 @@ def _no_target(
     problems.append(Diagnostic("E0213", "error", message, path.span, "", labels, help=help, fixes=fixes))
 
 
+def _lacking(block: BlockSyntax) -> BlockSyntax:
+    """A block of which it is not told what it lacks, nor of those in it: what it was to be made from has that."""
+    members = (_lacking(member) if isinstance(member, BlockSyntax) else member for member in block.members)
+    return replace(block, members=tuple(members), broken=True)
+
+
 def copy_blocks(document: Document, problems: list[Diagnostic]) -> Document:
     """The document with each `from` carried out: what the source says, and what the copy says over it."""
     if not any(block.copied for block in document.blocks):
@@ -231,7 +237,7 @@ def copy_blocks(document: Document, problems: list[Diagnostic]) -> Document:
         if known.get(address) is block and address in done:
             return done[address]
         source = known.get(block.copied.text)
-        bare = replace(block, copied=None, broken=True)  # what it lacks is not told as well
+        bare = _lacking(replace(block, copied=None))
         if source is None:
             if not document.lost:
                 near = nearest(block.copied.text, known)
