@@ -225,7 +225,7 @@ class OnPolicy(ABC):
         ])  # fmt: skip
         sums = all_sum(per_answer.double().sum(1)).tolist()
         count, score, square, kl_sum, tokens, ended, clips, parity, reward = sums
-        return {
+        metrics = {
             "answers": count,
             "score": score / count,
             "score_std": math.sqrt(max(square / count - (score / count) ** 2, 0.0)),
@@ -237,14 +237,13 @@ class OnPolicy(ABC):
             "ended": ended / count,
             "score_clipped": clips / count,
             "parity": parity / tokens,
-        } | self._term_metrics(experience, count)
-
-    def _term_metrics(self, experience: Experience, count: float) -> dict[str, float]:
-        """The mean of each term of a score that has several."""
-        if experience.score_terms is None:
-            return {}
-        means = all_sum(experience.score_terms.double().sum(0)) / count
-        return {f"score_{name}": value for name, value in zip(self.engines.reward.names, means.tolist(), strict=True)}
+        }
+        if experience.score_terms is not None:
+            means = (all_sum(experience.score_terms.double().sum(0)) / count).tolist()
+            for name, mean in zip(self.engines.reward.names, means, strict=True):
+                # Beside a reward model, or a metric of that name, a scorer has its whole address.
+                metrics[f"score_{name}" if f"score_{name}" not in metrics else f"score_scorer.{name}"] = mean
+        return metrics
 
     # -- learning --------------------------------------------------------------------------------------------------
 

@@ -6,13 +6,15 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import lock
-from rlhfdsl.training.experience import Answers, answer_mask
+from rlhfdsl.training.experience import Answers, Experience, answer_mask
+from rlhfdsl.training.onpolicy import OnPolicy
 from rlhfdsl.training.rewards import TextReward, Weighted, endpoint, function_of
 
 
@@ -159,3 +161,21 @@ def test_an_endpoint_that_fails_is_named(served, path, code, message):
 def test_an_endpoint_that_is_not_there():
     with pytest.raises(UserError, match="could not be reached"):
         ask("http://127.0.0.1:1/score")
+
+
+def test_a_term_never_takes_the_name_of_another_metric():
+    nothing = TextReward("nothing", lambda prompts, texts: [0.0] * len(texts), decode)
+    terms = Weighted([("model", 1.0, nothing), ("std", 1.0, nothing), ("model", 1.0, nothing), ("own", 1.0, nothing)])
+    zeros = torch.zeros(2, 3)
+    experience = Experience(
+        **vars(answers("abc", "abd")), log_probs=zeros, ref_log_probs=zeros, scores=torch.tensor([8.0, 12.0]),
+        score_terms=torch.tensor([[1.0, 2.0, 3.0, 2.0], [3.0, 4.0, 5.0, 0.0]]), rewards=zeros, advantages=zeros,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        settings={"reward": {"clip": None}}, kl_coefficient=0.1, engines=SimpleNamespace(reward=terms)
+    )
+    metrics = OnPolicy.rollout_metrics(trainer, experience)
+    assert (metrics["score"], metrics["score_std"]) == (10.0, 2.0)
+    # the means of the four columns
+    assert (metrics["score_model"], metrics["score_scorer.std"], metrics["score_scorer.model"]) == (2.0, 3.0, 4.0)
+    assert metrics["score_own"] == 1.0
