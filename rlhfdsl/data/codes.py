@@ -8,6 +8,7 @@ E0859 of model directories.
 UNREADABLE_FORMAT = "E0630"  # a source's format cannot be read the way the stage reads
 EMPTY_SHARE = "E0631"  # a source of a mix has no row in the part
 NOTHING_LEFT = "E0632"  # every row of an edge was dropped
+OTHER_FILE = "E0725"  # a file is not the one that was locked
 OTHER_ROWS = "E0726"  # the tokens are not those that the lock was made from
 
 # Data files and hub data sets

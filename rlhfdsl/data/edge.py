@@ -17,7 +17,7 @@ from rlhfdsl.data.formats import READS, Row, parse
 from rlhfdsl.data.render import DROPPED, Item, Renderer
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.models.tokenizers import generation_settings, stop_ids
-from rlhfdsl.planning.lock import pinned
+from rlhfdsl.planning.lock import changes, pinned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,6 +197,9 @@ def load_edge(
     rows = Rows(edge["read"], stores, picks, tokenizer, list(entries.values()), base)
     locked = (edge.get("facts") or {}).get("content")
     if locked is not None and rows.content != locked:
+        for change in changes(edge["facts"], base, whole=True):  # since the files were compared, right before
+            raise UserError(codes.OTHER_FILE, str(change), at=edge["source"], place=str(base / change.name),
+                            help="it changed as the stage began: put the locked file back, or plan again")  # fmt: skip
         raise UserError(
             codes.OTHER_ROWS,
             f"the tokens of {edge['source']} are not those that were locked: {locked} then, {rows.content} now",

@@ -98,3 +98,8 @@ def test_rows_that_come_out_otherwise_are_refused(capsys, recipe):
     with pytest.raises(UserError) as error:
         load_edge(plan, edge, recipe.parent, tokenizer)
     assert error.value.code == "E0726" and rows.content in error.value.message
+    with (recipe.parent / "pairs.jsonl").open("a") as file:  # after the files were compared and before they were read
+        file.write('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(UserError) as error:
+        load_edge(plan, edge, recipe.parent, tokenizer)
+    assert error.value.code == "E0725" and "`pairs.jsonl` changed since it was locked" in error.value.message
