@@ -58,3 +58,15 @@ def test_what_a_rank_imports_is_kept_from_the_collector_that_goes_on():
         assert gc.isenabled() and gc.get_freeze_count() > before
     finally:
         gc.unfreeze()
+
+
+def test_threads_of_a_cpu_do_not_wait_busily_for_long(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher.surroundings("cpu", 1)["GOMP_SPINCOUNT"] == str(launcher.SPINS)
+    assert "GOMP_SPINCOUNT" not in launcher.surroundings("cuda", 1)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert launcher.surroundings("cpu", 1)["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in launcher.surroundings("cpu", 1)
