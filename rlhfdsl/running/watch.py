@@ -155,8 +155,8 @@ def _handle(pid: int) -> int | None:
 def exit_status(pid: int) -> int | None:
     """0 while a process lives or after it ended well; negative for the signal that killed it; None when it is gone.
 
-    Linux keeps the status in /proc until the parent asks for it, which a launcher does once a
-    second, and the supervisor of an only rank when it has looked.
+    Linux keeps the status in /proc until the parent asks for it, which a launcher does once a second, and the
+    supervisor of an only rank when it has looked.
     """
     fields = _stat(pid)
     if fields is None:

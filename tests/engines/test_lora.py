@@ -9,7 +9,7 @@ from rollouts import LORA, joined, tiny
 from rollouts import learn as learn_once
 from small import engine, scratch, spec
 from test_engine import LENGTHS, nll, rollout, some_ids
-from test_peephole import Slow, logits_by
+from test_peephole import Slow, same_logits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.engines.artifacts import save_model
@@ -203,10 +203,7 @@ def test_kernels_are_given_layers_with_their_adapters(name, few, monkeypatch):
     policy = tiny(name, lora=lora())
     learn(policy)
     slow = Slow(few)
-    with torch.no_grad():
-        expected = policy.module(some_ids()).logits
-        found = logits_by(slow, policy.module, some_ids(), monkeypatch)
-    torch.testing.assert_close(found, expected)
+    same_logits(slow, policy.module, some_ids(), monkeypatch)
     assert slow.adapters == len(lora_layers(policy.module))
 
 

@@ -63,13 +63,16 @@ class Slow:
         return True
 
 
-def logits_by(kernels, model, ids, monkeypatch):
-    """The logits of a model whose forwards compute with these kernels, adapters and weights in 4 bits among them."""
+def same_logits(kernels, model, ids, monkeypatch):
+    """A model whose forwards compute with these kernels, adapters and weights in 4 bits among them, gives its own."""
     mode = Peephole(kernels)
-    for module, forward in forwards(model, mode):
-        monkeypatch.setattr(module, "forward", forward)
-    with mode:
-        return model(ids).logits
+    with torch.no_grad():
+        expected = model(ids).logits
+        for module, forward in forwards(model, mode):
+            monkeypatch.setattr(module, "forward", forward)
+        with mode:
+            found = model(ids).logits
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small import engine, model_entry, scratch, spec
 from test_engine import LENGTHS, nll, rollout, some_ids
 from test_lora import FULL, learn, tensors
-from test_peephole import Slow, logits_by
+from test_peephole import Slow, same_logits
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.engines import artifacts
@@ -272,10 +272,7 @@ def test_kernels_are_given_packed_weights_with_their_adapters(sources, arch, few
     policy = engine(HybridEngine, sources[arch], spec(lr=1e-2, lora=lora()))
     learn(policy)
     slow = SlowPacked(few)
-    with torch.no_grad():
-        expected = policy.module(some_ids()).logits
-        found = logits_by(slow, policy.module, some_ids(), monkeypatch)
-    torch.testing.assert_close(found, expected)
+    same_logits(slow, policy.module, some_ids(), monkeypatch)
     assert slow.adapters == len(lora_layers(policy.module))
     assert slow.unpacked == (len(quantized.layers(policy.module)) if few else 0)
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from rlhfdsl.engines import norms
-from rlhfdsl.engines.rollout.operands import Adapter, adapter_of, packed_of
+from rlhfdsl.engines.rollout.operands import Adapter, Packed, adapter_of, packed_of
 from rlhfdsl.engines.rollout.peephole import Peephole
 from rlhfdsl.models.lora import LoraLayer
 
@@ -99,18 +99,20 @@ def _layer(module: nn.Module, mode: Peephole) -> Callable[[torch.Tensor], torch.
         if adapter is None or not mode.kernels.takes_adapter(adapter.up, adapter):
             return None
         base = module.get_base_layer()
-        return partial(_forward, mode, base, base, adapter)
-    if packed_of(module) is not None:
-        return partial(_forward, mode, module, partial(type(module).forward, module), None)
-    return None
+        weight = packed_of(base) or (base.weight if type(base) is nn.Linear else None)
+        return partial(_forward, mode, weight, base.bias, adapter, base)
+    weight = packed_of(module)
+    if weight is None:
+        return None
+    return partial(_forward, mode, weight, module.bias, None, partial(type(module).forward, module))
 
 
 def _forward(
-    mode: Peephole, layer: nn.Module, otherwise: Callable[..., torch.Tensor], adapter: Adapter | None, x: torch.Tensor
-) -> torch.Tensor:
-    """layer: the one without its adapter. otherwise: what computes it where the kernels do not."""
-    weight = packed_of(layer) or (layer.weight if type(layer) is nn.Linear else None)
-    out = None if weight is None else mode.layer(x, weight, layer.bias, adapter)
+    mode: Peephole, weight: torch.Tensor | Packed | None, bias: torch.Tensor | None, adapter: Adapter | None,
+    otherwise: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """otherwise: what computes the layer without its adapter where the kernels do not take its weight."""
+    out = None if weight is None else mode.layer(x, weight, bias, adapter)
     if out is not None:
         return out
     out = otherwise(x)

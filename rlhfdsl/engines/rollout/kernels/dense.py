@@ -64,7 +64,7 @@ def product(
     n, k = weight.shape
     rows = x.numel() // k
     block_n, block_k, stages = _tile(n, k, rows)
-    arguments, constants = lowrank.none(x) if adapter is None else lowrank.lowered(x, adapter)
+    arguments, constants = lowrank.lowered(x, adapter)
     _product[(triton.cdiv(n, block_n),)](
         x, weight, weight if bias is None else bias, x if added is None else added, *arguments, out, rows, n, k,
         BM=max(16, triton.next_power_of_2(rows)), BN=block_n, BK=block_k, STAGES=stages, BIAS=bias is not None,

@@ -1,8 +1,7 @@
 """Triton kernels for the adapters of a decode step: x A^T B^T beside a product of few rows.
 
-A has few rows and its whole depth is summed for each: cut along the depth it is work for many multiprocessors, where
-cuBLAS leaves it to one. B and the sum are the end of the product's own kernel (`epilogue.lifted`), or one kernel after
-it.
+A has few rows and its whole depth is summed for each: cut along the depth it is work for many multiprocessors. B and
+the sum are the end of the product's own kernel (`epilogue.lifted`), or one kernel after it.
 """
 
 from __future__ import annotations
@@ -35,13 +34,10 @@ Told = tuple[tuple[torch.Tensor, torch.Tensor, int, float], dict[str, int]]
 """What a kernel that ends in `finish` is told of an adapter: down, up, rank and factor; its constants."""
 
 
-def none(x: torch.Tensor) -> Told:
-    """That there is no adapter. x: any tensor of the device."""
-    return (x, x, 0, 0.0), {"PARTS": 0, "R": 16}
-
-
-def lowered(x: torch.Tensor, adapter: Adapter) -> Told:
-    """x A^T, computed here in parts of its depth, and the rest of the adapter."""
+def lowered(x: torch.Tensor, adapter: Adapter | None) -> Told:
+    """x A^T, computed here in parts of its depth, and the rest of the adapter; or that there is none."""
+    if adapter is None:
+        return (x, x, 0, 0.0), {"PARTS": 0, "R": 16}
     rank, k = adapter.down.shape
     rows = x.numel() // k
     parts = min(max(k // DEPTH, 1), PARTS)

@@ -44,7 +44,7 @@ def product(
     """As `dense.product`."""
     n, k = weight.shape
     rows = x.numel() // k
-    arguments, constants = lowrank.none(x) if adapter is None else lowrank.lowered(x, adapter)
+    arguments, constants = lowrank.lowered(x, adapter)
     # of those tried on an H100; the warps of a program share out the depth
     block_n = 16 if rows <= 16 and n <= 12_288 else 32
     _product[(triton.cdiv(n, block_n),)](
