@@ -4,8 +4,7 @@ import json
 import math
 import sys
 import threading
-import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -113,7 +112,8 @@ class Server(BaseHTTPRequestHandler):
         replies = {"/right": {"scores": scores}, "/short": {"scores": scores[1:]}, "/else": [1]}
         replies["/text"] = {"scores": "x"}
         if self.path == "/late":
-            time.sleep(0.6)
+            self.server.over.wait(60)  # longer than anybody asks
+            return
         self.send_response(500 if self.path == "/broken" else 200)
         if self.path == "/cut":
             self.send_header("Content-Length", "1000")
@@ -126,13 +126,16 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def served():
-    server = HTTPServer(("127.0.0.1", 0), Server)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)  # of threads: the next one asks while one is late
+    server.over = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.over.set()
     server.shutdown()
+    server.server_close()
 
 
-def ask(url, timeout=0.3):
+def ask(url, timeout=60.0):
     return TextReward(f"POST {url}", endpoint(url, timeout), decode)(answers("first", "second"))
 
 
@@ -154,7 +157,7 @@ def test_an_endpoint_gives_scores(served):
 )
 def test_an_endpoint_that_fails_is_named(served, path, code, message):
     with pytest.raises(UserError) as raised:
-        ask(served + path)
+        ask(served + path, timeout=0.3 if path == "/late" else 60.0)
     assert raised.value.code == code and raised.value.message.startswith(f"POST {served}{path} {message}")
 
 
