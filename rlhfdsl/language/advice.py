@@ -78,6 +78,40 @@ def estimators(blocks: Blocks) -> Found:
         yield Diagnostic("W0302", "warning", message, kl.setting("estimator").span, help=help)
 
 
+def cuts(blocks: Blocks) -> Found:
+    """Answers from a part of the distribution, beside an update that reads the whole one."""
+    for stage in on_policy(blocks):
+        rollout = stage.blocks.get("rollout")
+        if rollout is None:
+            continue
+        cut = [name for name in ("top_k", "top_p") if rollout.written(name) and rollout[name] is not None]
+        if cut:
+            verb = "cut" if len(cut) > 1 else "cuts"
+            names = " and ".join(f"`{name}`" for name in cut)
+            message = f"{names} {verb} the distribution that answers are drawn from, and the update reads the whole one"
+            notes = ("ratio, KL and entropy are those of the policy without the cut",)
+            help = "leave it out unless answers without it are of no use"
+            yield Diagnostic("W0303", "warning", message, rollout.setting(cut[0]).span, notes=notes, help=help)
+
+
+def buffers(blocks: Blocks) -> Found:
+    """A penalty for long answers begins within an answer."""
+    for stage in on_policy(blocks):
+        reward, rollout = stage.blocks.get("reward"), stage.blocks.get("rollout")
+        overlong = reward.blocks.get("overlong") if reward is not None else None
+        if overlong is None or rollout is None:
+            continue
+        buffer, answer = overlong["buffer"], rollout["answer"]
+        if isinstance(buffer, int) and isinstance(answer, int) and buffer > answer:
+            first = rollout.setting("answer").span
+            labels = (Label(first, "the longest answer"),) if first else ()
+            message = f"a buffer of {buffer} tokens is longer than an answer, which has at most {answer}"
+            yield Diagnostic(
+                "E0307", "error", message, overlong.setting("buffer").span, secondary=labels,
+                help=f"write {answer} or less",
+            )  # fmt: skip
+
+
 def dropout(blocks: Blocks) -> Found:
     """The ratio compares log-probabilities of one policy, so it has to answer the same twice."""
     for stage in on_policy(blocks):
@@ -128,4 +162,6 @@ def secrets(sources: Mapping[str, SourceFile]) -> Found:
             yield Diagnostic("E0319", "error", message, span, help=help)
 
 
-ADVICE: tuple[Callable[[Blocks], Found], ...] = (tokens, pull, estimators, dropout, normalize, whole_sources)
+ADVICE: tuple[Callable[[Blocks], Found], ...] = (
+    tokens, pull, estimators, cuts, buffers, dropout, normalize, whole_sources,
+)  # fmt: skip

@@ -153,6 +153,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
 def _settings(block: Block, sources: list[scorers.Source], rollouts: int | None, epochs: int | None) -> Json:
     rollout, update, kl, every = (block.blocks[name] for name in ("rollout", "update", "kl", "every"))
     reward, ptx, critic = block.blocks["reward"], block.blocks.get("ptx"), block.blocks.get("critic")
+    overlong = reward.blocks.get("overlong")
     estimator = kl["estimator"]
     if estimator == "auto":
         estimator = "k1" if kl["apply"] == "reward" else "k3"
@@ -169,6 +170,7 @@ def _settings(block: Block, sources: list[scorers.Source], rollouts: int | None,
         },
         "reward": {
             **{name: reward[name] for name in ("clip", "normalize", "missing_eos")},
+            "overlong": None if overlong is None else {name: overlong[name] for name in ("buffer", "penalty")},
             "sources": [source.entry for source in sources],
         },
         "ptx": None if ptx is None else {"weight": ptx["weight"], "batch": ptx["batch"]},

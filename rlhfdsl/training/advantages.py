@@ -21,6 +21,14 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) 
     return rewards.scatter_add(1, last.clamp(min=0), (scores * mask.any(1)).unsqueeze(1))
 
 
+def overlong_penalty(lengths: Tensor, longest: int, buffer: int, penalty: float) -> Tensor:
+    """What a long answer costs, [B]: 0 up to longest - buffer tokens, then linearly more, `penalty` at `longest`.
+
+    Yu et al. 2025 ("DAPO"), equation 13. lengths [B]: tokens of the answers.
+    """
+    return penalty * ((lengths - (longest - buffer)) / buffer).clamp(min=0)
+
+
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:

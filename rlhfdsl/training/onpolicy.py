@@ -26,7 +26,7 @@ from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine, ScalarEngin
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Rollout, Sampling
 from rlhfdsl.training import invariants, rollouts
-from rlhfdsl.training.advantages import next_kl_coefficient
+from rlhfdsl.training.advantages import next_kl_coefficient, overlong_penalty
 from rlhfdsl.training.experience import Answers, Experience, Scored, as_answers
 from rlhfdsl.training.handed import check_experience, check_prompts, check_ptx
 from rlhfdsl.training.losses import kl_estimate
@@ -126,9 +126,12 @@ class OnPolicy(ABC):
 
     def sample(self, prompts: Sequence[Prompt], rows: Sequence[int], rollout: int, answers: int) -> Rollout:
         """Sample `answers` answers to each prompt; `rows` are the prompts' numbers in the global batch."""
+        given = self.settings["rollout"]
         sampling = Sampling(
-            max_new_tokens=self.settings["rollout"]["answer"],
+            max_new_tokens=given["answer"],
             temperature=self.temperature,
+            top_k=given["top_k"] or 0,
+            top_p=given["top_p"] or 1.0,
             n_samples_per_prompt=answers,
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
@@ -196,11 +199,15 @@ class OnPolicy(ABC):
         return micro_parts(answers.lengths.tolist(), engine, self.longest, size)
 
     def shaped(self, scored: Scored) -> Tensor:
-        """Scores as the algorithm sees them, [B]: clipped, and moved by `missing_eos` where the answer did not end."""
-        reward, scores = self.settings["reward"], scored.scores
+        """Scores as the algorithm sees them, [B]: clipped, moved by `missing_eos` where the answer did not end, and
+        less the penalty of a long answer."""
+        reward, longest, scores = self.settings["reward"], self.settings["rollout"]["answer"], scored.scores
         if reward["clip"] is not None:
             scores = scores.clamp(-reward["clip"], reward["clip"])
-        return scores + reward["missing_eos"] * ~scored.ended
+        scores = scores + reward["missing_eos"] * ~scored.ended
+        if reward["overlong"] is not None:
+            scores = scores - overlong_penalty(scored.mask.sum(1), longest, **reward["overlong"])
+        return scores
 
     def penalty(self, scored: Scored) -> Tensor:
         """The KL estimate that is taken off the reward at each token, [B, A]; 0 where the KL is in the loss."""

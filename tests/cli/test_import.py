@@ -101,12 +101,12 @@ learning_rate: 1e-5
 """
 
 
-def imported(tmp_path: Path, text: str) -> tuple[Recipe, dict[str, str]]:
+def imported(tmp_path: Path, text: str, *warnings: str) -> tuple[Recipe, dict[str, str]]:
     result = convert(read_command(text))
     path = tmp_path / "x.rlhf"
     path.write_text(result.text, encoding="utf-8")
     compilation = load(path)
-    assert compilation.diagnostics == () and compilation.recipe is not None
+    assert tuple(d.code for d in compilation.diagnostics) == warnings and compilation.recipe is not None
     return compilation.recipe, {name: why for _, name, why in result.notes}
 
 
@@ -242,6 +242,9 @@ def value(recipe: Recipe, address: str):
             {"actor.lora.dropout": "no dropout"},
         ),
         (
+            OPENRLHF.rstrip() + "  --top_p 1.0", {"stage.ppo.rollout.top_p": None}, {},
+        ),
+        (
             OPENRLHF.rstrip() + "  --ds.lora.rank 16 --ds.lora.alpha 32 --ds.lora.target_modules q_proj v_proj",
             {
                 "stage.ppo.actor.lora.rank": 16, "stage.ppo.critic.lora.targets": ("q_proj", "v_proj"),
@@ -253,12 +256,18 @@ def value(recipe: Recipe, address: str):
     ids=["DeepSpeed-Chat", "OpenRLHF", "TRL", "LLaMA-Factory", "axolotl", "OpenRLHF-dpo", "OpenRLHF-rm", "TRL-dpo",
          "TRL-launched", "dots", "json", "OpenRLHF-ray",
          "axolotl-qlora", "axolotl-4bit", "axolotl-4bit-whole", "LLaMA-Factory-4bit",
-         "LLaMA-Factory-8bit", "TRL-4bit", "OpenRLHF-4bit", "TRL-lora", "OpenRLHF-lora"],
+         "LLaMA-Factory-8bit", "TRL-4bit", "OpenRLHF-4bit", "TRL-lora", "OpenRLHF-no-cut",
+         "OpenRLHF-lora"],
 )  # fmt: skip
 def test_what_a_command_becomes(tmp_path, text, values, notes):
     recipe, found = imported(tmp_path, text)
     assert {address: value(recipe, address) for address in values} == values
     assert all(part in found[name] for name, part in notes.items())
+
+
+def test_a_cut_distribution_is_taken_over_with_its_warning(tmp_path):
+    recipe, notes = imported(tmp_path, OPENRLHF.rstrip() + "  --rollout.top_p 0.9", "W0303")
+    assert value(recipe, "stage.ppo.rollout.top_p") == 0.9 and "rollout.top_p" not in notes
 
 
 def test_every_setting_is_written_or_noted(tmp_path):

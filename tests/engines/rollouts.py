@@ -107,14 +107,14 @@ LORA = {"rank": 4, "alpha": 64.0, "dropout": 0.0, "targets": "all-linear", "lr":
 
 
 def sampled(
-    sampler, prompts=PROMPTS, answers=2, temperature=0.7, tokens=24, stop=STOP, seed=5, at_once=None
+    sampler, prompts=PROMPTS, answers=2, temperature=0.7, tokens=24, stop=STOP, seed=5, at_once=None, **cut
 ) -> Rollout:
     device = sampler.engine.device
     ids, mask = left_padded(prompts, 256)
     seeds = row_seeds(seed, 0, torch.arange(len(prompts) * answers))
     sampling = Sampling(
         max_new_tokens=tokens, temperature=temperature, n_samples_per_prompt=answers, stop_ids=stop, pad_id=256,
-        at_once=at_once,
+        at_once=at_once, **cut,
     )  # fmt: skip
     return sampler.generate(Prompts(ids.to(device), mask.to(device), seeds.to(device)), sampling)
 

@@ -41,6 +41,16 @@ def test_graph_equals_eager(name):
     same(sampled(graph), after)
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.9}])
+def test_a_cut_distribution_gives_the_same_answers(cut):
+    engine = tiny("llama")
+    graph, eager = GraphSampler(engine), EagerSampler(engine)
+    found = sampled(eager, **cut)
+    assert not torch.equal(found.answer_lengths, sampled(eager).answer_lengths)  # it changes what is drawn
+    same(sampled(graph, **cut), found)
+    same(sampled(graph), sampled(eager))
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_graph_reads_the_training_weights_under_zero(zero):
     engine = tiny("llama", zero=zero)

@@ -132,6 +132,13 @@ def test_a_released_sampler_captures_again():
     assert len(sampler.captured) == 1
 
 
+def test_a_cut_distribution_is_captured():
+    engine = on_gpu("llama")
+    sampler, cut = GraphSampler(engine), {"top_k": 40, "top_p": 0.9}
+    same(sampled(sampler, **cut), sampled(EagerSampler(engine), **cut))
+    assert sampler.captured
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "size", "heads", "kv_heads", "window", "softcap"),

@@ -1,9 +1,11 @@
 """The noise of sampling: its distribution, and what it does and does not depend on."""
 
+import pytest
 import torch
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhfdsl.engines.rollout.eager import answer_lengths
-from rlhfdsl.engines.rollout.sampling import gumbel, mix, row_seeds
+from rlhfdsl.engines.rollout.sampling import Distribution, draw, gumbel, mix, row_seeds
 
 
 def test_mix_is_splitmix64():
@@ -23,6 +25,34 @@ def test_frequencies_follow_the_softmax():
     # Five standard deviations of a binomial share: a fair sampler fails this once in a million runs.
     tolerance = 5 * (expected * (1 - expected) / draws).sqrt()
     assert ((found - expected).abs() < tolerance).all()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, 0.9), (None, 0.3), (None, 1e-4), (7, None), (1, None), (500, None), (20, 0.5)]
+)
+def test_a_cut_keeps_what_generate_keeps(top_k, top_p):
+    logits = torch.randn(64, 97, generator=torch.Generator().manual_seed(0)) * 3
+    warpers = LogitsProcessorList()
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        warpers.append(TopPLogitsWarper(top_p))
+    assert torch.equal(Distribution(1.0, top_k, top_p).kept(logits), warpers(None, logits))
+
+
+def test_draws_from_a_cut_follow_it_and_are_told_by_the_whole():
+    draws, temperature = 40_000, 0.5
+    logits = torch.tensor([0.0, 0.5, 1.0, -0.5, 0.25])
+    # divided by 0.5 and exponentiated 1, e, e^2, 1/e, e^0.5: of 13.1, the likeliest three have 0.56, 0.77, 0.90
+    whole = (logits / temperature).log_softmax(-1)
+    seeds = row_seeds(4, 0, torch.arange(draws))
+    tokens, log_probs = draw(logits.expand(draws, 5), Distribution(temperature, top_p=0.8), seeds, 2)
+    assert torch.equal(tokens.unique(), torch.tensor([1, 2, 4]))
+    torch.testing.assert_close(log_probs, whole[tokens])
+    expected = whole[[1, 2, 4]].softmax(-1)
+    found = torch.bincount(tokens)[[1, 2, 4]] / draws
+    # five standard deviations of a binomial share, as above
+    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt()).all()
 
 
 def test_noise_has_the_moments_of_a_gumbel_variable():

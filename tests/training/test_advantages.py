@@ -9,6 +9,7 @@ from rlhfdsl.training.advantages import (
     advantages_and_returns,
     explained_variance,
     next_kl_coefficient,
+    overlong_penalty,
     token_rewards,
     whiten,
 )
@@ -26,6 +27,13 @@ def test_rewards_put_the_score_on_the_last_token():
     torch.testing.assert_close(rewards, expected)
     # The sum over an answer is its score minus coefficient x its whole KL.
     torch.testing.assert_close(rewards.sum(1), torch.tensor([1.0 - 0.5 * 1.0, -2.0 - 0.5 * 0.5]))
+
+
+def test_a_long_answer_costs_what_it_has_of_the_buffer():
+    # answers of at most 10 tokens, the last 4 of them the buffer: 6 are free, 9 have 3 of the 4
+    lengths = torch.tensor([1, 6, 7, 9, 10])
+    assert overlong_penalty(lengths, 10, buffer=4, penalty=2.0).tolist() == [0.0, 0.0, 0.5, 1.5, 2.0]
+    assert overlong_penalty(lengths, 10, buffer=10, penalty=1.0)[-1] == 1.0
 
 
 def test_gae_by_hand():

@@ -20,7 +20,8 @@ from rlhfdsl.training.onpolicy import Engines
 
 BETA, ANSWERS, PROMPTS = 0.5, 8, 16
 SETTINGS = {
-    "rollout": {"batch": PROMPTS, "answers": ANSWERS, "prompt": 4, "answer": 1, "temperature": 1.0},
+    "rollout": {"batch": PROMPTS, "answers": ANSWERS, "prompt": 4, "answer": 1, "temperature": 1.0,
+                "top_k": None, "top_p": None},
     "update": {
         "minibatch": PROMPTS * ANSWERS // 2, "epochs": 1, "clip": 0.2, "clip_high": None, "dual_clip": None,
         "entropy": 0.0, "value_clip": None, "value_weight": 0.5, "gamma": 1.0, "lambda": 0.95, "whiten": True,

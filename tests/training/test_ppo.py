@@ -18,14 +18,14 @@ from rlhfdsl.training.rewards import ModelReward
 
 SETTINGS = {
     "rollouts": 1,
-    "rollout": {"batch": 4, "answers": 1, "prompt": 16, "answer": 12, "temperature": 0.8, "overlong": "drop",
-                "on_mismatch": "eager"},
+    "rollout": {"batch": 4, "answers": 1, "prompt": 16, "answer": 12, "temperature": 0.8, "top_k": None,
+                "top_p": None, "overlong": "drop", "on_mismatch": "eager"},
     "update": {
         "minibatch": 4, "epochs": 1, "clip": 0.2, "clip_high": None, "dual_clip": None, "entropy": 0.0,
         "value_clip": 0.2, "value_weight": 0.5, "gamma": 0.9, "lambda": 0.8, "whiten": True,
     },
     "kl": {"coef": 0.3, "apply": "reward", "estimator": "k1", "target": None, "horizon": 10_000},
-    "reward": {"clip": 0.5, "normalize": False, "missing_eos": -1.0},
+    "reward": {"clip": 0.5, "normalize": False, "missing_eos": -1.0, "overlong": {"buffer": 8, "penalty": 0.7}},
     "ptx": None, "critic": {"warmup_rollouts": 0}, "log": 1, "eval_every": None, "samples_every": None,
 }  # fmt: skip
 STOP = tuple(range(0, 259, 9))
@@ -96,6 +96,7 @@ class Slow:
                 score = self.scalars(self.reward, sequence)[-1].item()
             clip = settings["reward"]["clip"]
             score = max(-clip, min(clip, score)) + (0.0 if end else settings["reward"]["missing_eos"])
+            score -= 0.7 * max(0, len(old) - 4) / 8  # answers of at most 12 tokens, a buffer of 8
             rewards = [-settings["kl"]["coef"] * d for d in (old - ref).tolist()]
             rewards[-1] += score
             gamma, lam = settings["update"]["gamma"], settings["update"]["lambda"]

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from rlhfdsl.engines import passes
 from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling
-from rlhfdsl.engines.rollout.sampling import gumbel
+from rlhfdsl.engines.rollout.sampling import Distribution, draw
 from rlhfdsl.models.inputs import joined, length_mask
 
 
@@ -31,10 +31,10 @@ class EagerSampler(Sampler):
             self.engine.pulse(f"{self.engine.name}: sampling")
             part = slice(first, first + size)
             empty = int((mask[part].sum(0) > 0).long().argmax())  # columns that are padding in every row of the part
-            draw = _Draw(request.seeds[part], sampling.temperature, start - empty)
-            ids = self._decode(prompts[part, empty:], mask[part, empty:], draw, sampling)
+            drawing = _Draw(request.seeds[part], sampling.distribution, start - empty)
+            ids = self._decode(prompts[part, empty:], mask[part, empty:], drawing, sampling)
             answers.append(ids[:, start - empty :])
-            log_probs.append(torch.stack(draw.log_probs[: answers[-1].shape[1]], 1))
+            log_probs.append(torch.stack(drawing.log_probs[: answers[-1].shape[1]], 1))
         whole = joined(answers, sampling.pad_id)
         lengths, ended = answer_lengths(whole, sampling.stop_ids)
         live = length_mask(lengths, whole.shape[1])
@@ -90,18 +90,16 @@ class EagerSampler(Sampler):
 
 
 class _Draw(LogitsProcessor):
-    """Turns `generate`'s argmax into a draw from softmax(logits / temperature); keeps the draws' log-probabilities."""
+    """Turns `generate`'s argmax into a draw from a distribution; keeps the draws' log-probabilities."""
 
-    def __init__(self, seeds: torch.Tensor, temperature: float, start: int):
-        self.seeds, self.temperature, self.start = seeds, temperature, start
+    def __init__(self, seeds: torch.Tensor, distribution: Distribution, start: int):
+        self.seeds, self.distribution, self.start = seeds, distribution, start
         self.log_probs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = scores.float() / self.temperature
-        noisy = logits + gumbel(self.seeds, input_ids.shape[1] - self.start, logits.shape[1])
-        chosen = noisy.argmax(-1, keepdim=True)
-        self.log_probs.append((logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1))
-        return noisy
+        chosen, log_probs = draw(scores, self.distribution, self.seeds, input_ids.shape[1] - self.start)
+        self.log_probs.append(log_probs)
+        return only(scores, chosen.unsqueeze(1))
 
 
 class _Given(LogitsProcessor):
@@ -116,7 +114,12 @@ class _Given(LogitsProcessor):
         chosen = self.answers[:, column : column + 1]
         log_probs = (scores.float() / self.temperature).log_softmax(-1)
         self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+        return only(scores, chosen)
+
+
+def only(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Scores [B, V] whose argmax is `chosen` [B, 1]."""
+    return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def answer_lengths(answers: torch.Tensor, stop_ids: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -102,7 +102,7 @@ class GraphSampler(Sampler):
         prompt_lengths = request.prompt_attention_mask.sum(1)
         prompts, width = right_padded(request.prompt_ids, prompt_lengths), request.prompt_ids.shape[1]
         count = len(prompts) * copies
-        law = Law(sampling.temperature, longest, sampling.stop_ids, sampling.pad_id)
+        law = Law(sampling.distribution, longest, sampling.stop_ids, sampling.pad_id)
         slots = self._reserve(min(count, at_once or count), width + longest, law)
         answers = torch.full((count, longest), sampling.pad_id, device=self.engine.device)
         log_probs = torch.zeros(count, longest, device=self.engine.device)
@@ -182,12 +182,16 @@ class GraphSampler(Sampler):
         law = self._law
         self.cache.decode(slots.write, slots.length)
         logits = self._forward(slots.token.unsqueeze(1), slots.write.unsqueeze(1))[:, -1]
-        if logits.is_cuda and self.group is None:
+        if logits.is_cuda and not law.distribution.cuts:
             from rlhfdsl.engines.rollout.kernels import drawing
 
-            drawing.advance(logits, law.temperature, slots, self._stops, law.longest)
-            return
-        chosen, log_probs = draw(logits, law.temperature, slots.seed, slots.step)
+            temperature = law.distribution.temperature
+            if self.group is None:
+                drawing.advance(logits, temperature, slots, self._stops, law.longest)
+                return
+            chosen, log_probs = drawing.draw(logits, temperature, slots.seed, slots.step)
+        else:
+            chosen, log_probs = draw(logits, law.distribution, slots.seed, slots.step)
         if self.group is not None:
             chosen, log_probs = self.group.agreed(chosen, log_probs)
         slots.advance(chosen, log_probs, self._stops, law.longest)

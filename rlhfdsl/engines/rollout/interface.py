@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 
+from rlhfdsl.engines.rollout.sampling import Distribution
 from rlhfdsl.models.inputs import length_mask
 
 
 @dataclass
 class Sampling(SamplingConfig):
-    """max_new_tokens, temperature and n_samples_per_prompt of DeepSpeed's, and the ids that end an answer.
+    """DeepSpeed's settings, `top_k <= 0` and `top_p = 1` for all tokens, and the ids that end an answer.
 
     at_once: answers sampled at a time, what the KV cache has room for; None is all of them.
     """
@@ -26,6 +27,13 @@ class Sampling(SamplingConfig):
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
     at_once: int | None = None
+
+    @property
+    def distribution(self) -> Distribution:
+        """What a token is drawn from."""
+        return Distribution(
+            self.temperature, self.top_k if self.top_k > 0 else None, self.top_p if self.top_p < 1 else None
+        )
 
 
 @dataclass
@@ -42,7 +50,7 @@ class Rollout(RolloutBatch):
     input_ids, attention_mask [B', Tp + Ta]: left-padded prompt, then the answer, right-padded.
     answer_lengths [B']: tokens of the answer, the stop token included.
     ended [B']: whether the answer closed with a stop token.
-    log_probs [B', Ta]: of the sampled tokens under the sampling distribution, as the rollout computed them; 0 beyond.
+    log_probs [B', Ta]: of the sampled tokens as the rollout computed them, at its temperature; 0 beyond.
     """
 
     answer_lengths: torch.Tensor | None = None

@@ -7,6 +7,8 @@ which rank holds a row, on the other rows of the batch or on what was drawn befo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 # SplitMix64 (Steele, Lea, Flood 2014) as signed 64-bit integers, which wrap in torch as they must.
@@ -46,14 +48,49 @@ def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def draw(
-    logits: torch.Tensor, temperature: float, seeds: torch.Tensor, step: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] drawn from logits [B, V] by the noise of (seed, step), and their log-probabilities [B]."""
-    if logits.is_cuda:
-        from rlhfdsl.engines.rollout.kernels import drawing
+@dataclass(frozen=True)
+class Distribution:
+    """How logits become the distribution that answers are drawn from.
 
-        return drawing.draw(logits, temperature, seeds, step)
-    logits = logits.float() / temperature
-    chosen = (logits + gumbel(seeds, step, logits.shape[1])).argmax(-1, keepdim=True)
+    temperature divides them. Then `top_k` keeps the likeliest so many tokens (Fan et al. 2018), and `top_p` the
+    likeliest of those whose probabilities first sum to it (Holtzman et al. 2020); None keeps all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it leaves tokens out."""
+        return self.top_k is not None or self.top_p is not None
+
+    def kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits fp32 [B, V], divided by the temperature already, with -inf for the tokens that are left out.
+
+        Tokens as likely as the last one that is kept are kept too. Nothing waits for the device.
+        """
+        if self.top_k is not None:
+            lowest = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[:, -1:]
+            logits = logits.masked_fill(logits < lowest, -torch.inf)
+        if self.top_p is not None:
+            ordered = logits.sort(-1, descending=True).values
+            shares = ordered.softmax(-1)
+            likelier = shares.cumsum(-1) - shares  # 0 for the likeliest, which is always kept
+            lowest = ordered.masked_fill(likelier >= self.top_p, torch.inf).amin(-1, keepdim=True)
+            logits = logits.masked_fill(logits < lowest, -torch.inf)
+        return logits
+
+
+def draw(
+    logits: torch.Tensor, distribution: Distribution, seeds: torch.Tensor, step: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B] drawn from logits [B, V] by the noise of (seed, step), and their log-probabilities [B].
+
+    The log-probabilities are of the whole distribution, as the training forward gives them, also where the draw leaves
+    tokens out.
+    """
+    logits = logits.float() / distribution.temperature
+    noisy = distribution.kept(logits) + gumbel(seeds, step, logits.shape[1])
+    chosen = noisy.argmax(-1, keepdim=True)
     return chosen.squeeze(1), (logits.gather(1, chosen) - logits.logsumexp(-1, keepdim=True)).squeeze(1)

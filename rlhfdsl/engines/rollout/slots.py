@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from rlhfdsl.engines.rollout.sampling import Distribution
+
 
 @dataclass
 class Slots:
@@ -65,7 +67,7 @@ class Slots:
 class Law:
     """The part of the sampling settings that a captured step holds as constants."""
 
-    temperature: float
+    distribution: Distribution
     longest: int
     stop_ids: tuple[int, ...]
     pad_id: int

@@ -96,6 +96,7 @@ CODES = {
     "W0201": "no stage reaches a block or parameter",
     "W0301": "nothing pulls the policy to its start",
     "W0302": "an estimator of the KL does not fit where it is applied",
+    "W0303": "answers are drawn from a part of the distribution",
     "W0308": "a number of tokens is written in thousands",
     "W0606": "a stage evaluates on a source that it trains on",
 }

@@ -181,6 +181,12 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
                 _set(draft, given, "steps", text)
         case "ema":
             draft.values["actor.ema"] = "0.992"
+        case "top_k" if text.lstrip("-+").isdigit() and int(text) <= 0:
+            pass  # all tokens
+        case "top_p" if is_number(text) and float(text) >= 1:
+            pass
+        case "top_k" | "top_p":
+            _set(draft, given, f"rollout.{kind}", text)
         case "missing_eos":
             _set(draft, given, "reward.missing_eos", f"-{text.lstrip('-')}")
         case "inputs":

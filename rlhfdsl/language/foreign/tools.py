@@ -33,7 +33,6 @@ _HUB = "nothing is pushed to a hub"
 _LOAD = "sources are read once, when rlhf.lock is made"
 _LAUNCH = "the launcher's own"
 _INTERVAL = "an interval: every { eval = 100 }"
-_SAMPLED = "answers are sampled from the whole distribution"
 _DROPOUT = "dropout is 0 here unless it is written"
 _PART = "evaluate on a part of a blend: split { sft = 98%, eval = 2% }"
 _CODE = "code of a model's repository is never run"
@@ -122,6 +121,7 @@ TOOLS: dict[str, Tool] = {
             "lr_scheduler": "@schedule", "lr_warmup_ratio": "@warmup", "actor_learning_rate": "actor.lr",
             "critic_learning_rate": "critic.lr", "learning_rate": "lr", "l2": "@weight_decay", "ema_beta": "actor.ema",
             "ptx_coef": "ptx.weight", "pretrain_data": "@ptx.data", "temperature": "rollout.temperature",
+            "top_p": "@top_p", "rollout.top_p": "@top_p", "rollout.temperature": "rollout.temperature",
             "normalize_reward": "reward.normalize", "max_samples": "@rows", "logging_steps": "every.log",
             "actor.model_name_or_path": "@model.from", "reward.model_name_or_path": "@judge.from",
             "critic.model_name_or_path": "@judge.from", "actor.adam.lr": "actor.lr", "critic.adam.lr": "critic.lr",
@@ -194,6 +194,7 @@ TOOLS: dict[str, Tool] = {
             "lr_scheduler_type": "@schedule", "warmup_ratio": "@warmup", "warmup_steps": "@warmup",
             "max_grad_norm": "@grad_clip", "max_samples": "@rows", "logging_steps": "every.log",
             "max_new_tokens": "rollout.answer", "ppo_epochs": "update.epochs", "ppo_target": "kl.target",
+            "top_k": "@top_k", "top_p": "@top_p",
             "train_on_prompt": "@inputs", "weight_decay": "@weight_decay", "finetuning_type": "@lora.kind",
             "lora_rank": "@lora.rank", "lora_alpha": "@lora.alpha", "lora_dropout": "@lora.dropout",
             "lora_target": "@lora.targets", "quantization_bit": "@lora.base",
@@ -203,7 +204,6 @@ TOOLS: dict[str, Tool] = {
             "template": "the model's own chat template is applied", "plot_loss": _HOOKS, "val_size":
             _PART, "dataset_dir": "`from` of a data block", "flash_attn": _FAST, "ppo_buffer_size": _DERIVED,
             "ppo_score_norm": "normalize = on in the stage's reward", "ppo_whiten_rewards": "rewards are not whitened",
-            "top_k": _SAMPLED, "top_p": _SAMPLED,
             "trust_remote_code": _CODE, "reward_model_type": "a reward model is whole",
         },
     ),
