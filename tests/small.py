@@ -50,7 +50,7 @@ def spec(
         "role": role, "trains": trains, "weights": {"model": "model.small"}, "base": "model.small",
         "head": "none" if role in ("policy", "ref") else "scalar", "dtype": dtype, "attention": "sdpa",
         "lora": lora, "shares": None, "dropout": dropout, "gradient_checkpointing": checkpointing,
-        "zero": zero, "offload": "off", "micro": micro, "accumulation": 1, "ema": ema,
+        "packing": True, "zero": zero, "offload": "off", "micro": micro, "accumulation": 1, "ema": ema,
         "rollout": {"engine": "eager", "tensor": 1, "free_cache": False, "reason": "the test asks for it"},
         "schedule": {"kind": "constant", "lr": lr, "warmup": 0, "updates": 10} if trains else None,
         "deepspeed": deepspeed_config.config(

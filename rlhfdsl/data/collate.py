@@ -14,16 +14,17 @@ from rlhfdsl.data.edge import Example
 class Batch:
     """Right-padded rows: ids int64 [B, T], lengths int64 [B], loss bool [B, T] (false on padding).
 
-    `loss[b, t]` says that token t is a target, to be predicted from the tokens before it.
+    `loss[b, t]` says that token t is a target, to be predicted from the tokens before it. total: tokens of all rows.
     """
 
     ids: torch.Tensor
     lengths: torch.Tensor
     loss: torch.Tensor
+    total: int
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(self.ids.to(device), self.lengths.to(device), self.loss.to(device))
+        return Batch(self.ids.to(device), self.lengths.to(device), self.loss.to(device), self.total)
 
 
 def collate(rows: Sequence[Example], pad_id: int = 0) -> Batch:
@@ -35,4 +36,4 @@ def collate(rows: Sequence[Example], pad_id: int = 0) -> Batch:
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids, dtype=torch.int64)
         loss[i, : len(row.ids)] = torch.tensor(row.loss, dtype=torch.bool)
-    return Batch(ids, lengths, loss)
+    return Batch(ids, lengths, loss, int(lengths.sum()))

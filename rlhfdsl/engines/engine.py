@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import deepspeed
@@ -14,9 +16,10 @@ from rlhfdsl.engines import gradients, norms, passes
 from rlhfdsl.engines.resting import Resting
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.language.diagnostics import UserError
-from rlhfdsl.models.inputs import forward_inputs, takes
+from rlhfdsl.models.inputs import forward_inputs, length_mask, packed_inputs, takes
 from rlhfdsl.models.loading import parameter_count
 from rlhfdsl.models.lora import adapters_off, adapters_on_half, lora_layers
+from rlhfdsl.models.packing import Packing
 from rlhfdsl.models.scalar import at_last
 from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, LAYER_FORWARD
 
@@ -25,9 +28,16 @@ from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, LAYER_FORWARD
 LAUNCHED = {
     device: (1 + BACKWARD_LAUNCHES) * LAYER_FORWARD * flops / 6 for device, flops in (("cuda", 4e14), ("cpu", 5e10))
 }
+# Of a real token, what padding costs in a packed pass, where attention alone sees it: queries, keys, values and its
+# output are about a quarter of what a layer keeps for the backward pass.
+ATTENDED = 0.25
+# Relative distance between a packed pass and a padded one: rounding, and far below what another row's tokens would do.
+PACKED_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
+
+logger = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(ABC):
     """A DeepSpeed engine with the bookkeeping of updates.
 
     A minibatch is any number of `backward` calls and then one `step`. Each backward takes
@@ -47,7 +57,7 @@ class Engine:
             model=module, model_parameters=parameters, config=copy.deepcopy(spec["deepspeed"])
         )
         self.device = self.deepspeed.device
-        passes.without_masks(self.module)
+        self.rows = passes.without_masks(self.module)
         if self.device.type == "cuda":
             norms.in_one_kernel(self.module)
         gradients.in_few_passes(self.deepspeed.optimizer)
@@ -60,6 +70,7 @@ class Engine:
         # tokens that take as long as what a pass costs beside its tokens
         self.pass_tokens: float = layers * LAUNCHED[self.device.type] / count
         self.resting = Resting(self.module) if spec["offload"] == "idle" else None
+        self.packs = self.rows is not None and spec["packing"] and self._packs_right()
         self.rest()
 
     def rest(self) -> None:
@@ -77,6 +88,11 @@ class Engine:
         return self.deepspeed.module
 
     @property
+    def padding(self) -> float:
+        """What a token of padding takes, of a real one."""
+        return ATTENDED if self.packs else 1.0
+
+    @property
     def partitioned(self) -> bool:
         """Whether the parameters lie in shards on the ranks (ZeRO 3)."""
         return self.spec["deepspeed"]["zero_optimization"]["stage"] == 3
@@ -86,6 +102,41 @@ class Engine:
 
     def eval(self) -> None:
         self.deepspeed.eval()
+
+    @abstractmethod
+    def read(self, ids: torch.Tensor, lengths: torch.Tensor, total: int | None) -> torch.Tensor:
+        """What the model says at each of the real tokens of right-padded `ids` [B, T], [N, …]; total: their number N,
+        where they may be read without the padding."""
+
+    def packing(self, lengths: torch.Tensor, width: int, total: int | None) -> Packing | None:
+        """How the next pass reads rows of `lengths` [B] that are padded to `width`: as they are (None), or packed.
+
+        total: tokens of the rows, where the caller knows it.
+        """
+        found = None
+        if self.packs and total is not None and total < len(lengths) * width:
+            found = Packing.of(lengths, width, total)
+        if self.rows is not None:
+            self.rows.packing = found
+        return found
+
+    @torch.no_grad()
+    def _packs_right(self) -> bool:
+        """Whether a pass over real tokens alone says what one over padded rows does, of these weights.
+
+        Where a row's tokens reached another's through anything but attention, a convolution or a state, it would not.
+        """
+        self.packs = True
+        self.deepspeed.eval()
+        lengths = torch.tensor([5, 1, 3], device=self.device)
+        ids = torch.arange(15, device=self.device).view(3, 5) % 7 + 1
+        padded, packed = (self.read(ids, lengths, total).float() for total in (None, 9))
+        self.deepspeed.train(self.spec["trains"])
+        right = bool((packed - padded).norm() <= PACKED_TOLERANCE[self.spec["dtype"]] * padded.norm())
+        if not right:
+            logger.warning("%s: rows are read with their padding, since without it the model says something else",
+                           self.name)  # fmt: skip
+        return right
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of a scalar loss, unscaled."""
@@ -170,6 +221,11 @@ class Engine:
 class PolicyEngine(Engine):
     """A causal language model: log-probabilities of given tokens."""
 
+    def read(self, ids: torch.Tensor, lengths: torch.Tensor, total: int | None) -> torch.Tensor:
+        rows, columns = length_mask(lengths, ids.shape[1]).nonzero(as_tuple=True)
+        logits, places = self.logits_at(ids, lengths, rows, columns, total=total)
+        return logits if places is None else logits[places]
+
     def logits(self, ids: torch.Tensor, lengths: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Logits [B, T - first, V] in the model's dtype for right-padded `ids` [B, T], of the columns from `first` on.
 
@@ -177,10 +233,32 @@ class PolicyEngine(Engine):
         """
         self.pulse(f"{self.name}: forward")
         self.wake()
+        self.packing(lengths, ids.shape[1], None)
         inputs = forward_inputs(self.module, ids, lengths)
         if first and takes(type(self.module), "logits_to_keep"):
             return self.deepspeed(**inputs, logits_to_keep=ids.shape[1] - first).logits
         return self.deepspeed(**inputs).logits[:, first:]
+
+    def logits_at(
+        self, ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, first: int = 0,
+        total: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Logits in the model's dtype for right-padded `ids` [B, T], among them those at `rows` and `columns` [M].
+
+        first: the least of the columns. total: tokens of the rows; where it is given and the engine packs, the padding
+        is not computed, and the output matrix is applied to the M alone. Returns logits [L, V], and which of the L are
+        the M, None where all are, in their order.
+        """
+        packing = self.packing(lengths, ids.shape[1], total) if len(rows) else None
+        if packing is None:
+            logits = self.logits(ids, lengths, first)
+            return logits.flatten(0, 1), rows * logits.shape[1] + columns - first
+        self.pulse(f"{self.name}: forward")
+        self.wake()
+        inputs, places = packed_inputs(self.module, ids, packing), packing.indices(rows, columns)
+        if takes(type(self.module), "logits_to_keep"):
+            return self.deepspeed(**inputs, logits_to_keep=places).logits[0], None
+        return self.deepspeed(**inputs).logits[0], places
 
 
 class BasePolicy:
@@ -194,7 +272,7 @@ class BasePolicy:
         self.spec = spec
         self.engine = engine
         self.micro: int = spec["micro"]
-        self.pass_tokens = engine.pass_tokens
+        self.pass_tokens, self.padding = engine.pass_tokens, engine.padding
         self.layers = lora_layers(engine.module)
 
     @property
@@ -226,6 +304,15 @@ class BasePolicy:
         with adapters_off(self.layers):
             return self.engine.logits(ids, lengths, first)
 
+    @torch.no_grad()
+    def logits_at(
+        self, ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, first: int = 0,
+        total: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """As the engine's, of the base."""
+        with adapters_off(self.layers):
+            return self.engine.logits_at(ids, lengths, rows, columns, first, total)
+
 
 class BesideBase:
     """The policy of an engine with adapters for the first half of a batch's rows, and its base for the second half.
@@ -242,19 +329,36 @@ class BesideBase:
         with adapters_on_half(self.base.layers, ids.numel()):
             return self.base.engine.logits(ids, lengths, first)
 
+    @torch.no_grad()
+    def logits_at(
+        self, ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, first: int = 0,
+        total: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """As an engine's, for `ids` [2 B, T]; both halves have the same rows."""
+        engine = self.base.engine
+        packed = len(rows) and engine.packing(lengths, ids.shape[1], total) is not None
+        with adapters_on_half(self.base.layers, total if packed else ids.numel()):
+            return engine.logits_at(ids, lengths, rows, columns, first, total)
+
 
 class ScalarEngine(Engine):
     """A reward or value model: one number for each position."""
 
-    def scalars(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """fp32 [B, T] for right-padded `ids` [B, T]; entry t has read tokens 0 to t."""
+    def read(self, ids: torch.Tensor, lengths: torch.Tensor, total: int | None) -> torch.Tensor:
+        return self.scalars(ids, lengths, total)[length_mask(lengths, ids.shape[1])]
+
+    def scalars(self, ids: torch.Tensor, lengths: torch.Tensor, total: int | None = None) -> torch.Tensor:
+        """fp32 [B, T] for right-padded `ids` [B, T]; entry t has read tokens 0 to t.
+
+        total: tokens of the rows; where it is given and the engine packs, the padding is not computed.
+        """
         self.pulse(f"{self.name}: forward")
         self.wake()
-        return self.deepspeed(ids, lengths)
+        return self.deepspeed(ids, lengths, self.packing(lengths, ids.shape[1], total))
 
-    def scores(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """fp32 [B]: the scalar at the last real token of each row."""
-        return at_last(self.scalars(ids, lengths), lengths)
+    def scores(self, ids: torch.Tensor, lengths: torch.Tensor, total: int | None = None) -> torch.Tensor:
+        """fp32 [B]: the scalar at the last real token of each row. total: as of `scalars`."""
+        return at_last(self.scalars(ids, lengths, total), lengths)
 
 
 def _groups(module: nn.Module, spec: dict) -> list[dict]:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rlhfdsl.models.packing import Packing
+
 
 def length_mask(lengths: torch.Tensor, width: int) -> torch.Tensor:
     """Bool [B, width], true on the first `lengths[b]` columns of each row."""
@@ -36,6 +38,11 @@ def forward_inputs(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -
     if takes_positions(type(model)):
         arguments["position_ids"] = torch.arange(width, device=ids.device).expand(batch, width)
     return arguments
+
+
+def packed_inputs(model: nn.Module, ids: torch.Tensor, packing: Packing) -> dict:
+    """Keyword arguments of `model.forward` for the real tokens of right-padded `ids` [B, T], as one row [1, N]."""
+    return {"input_ids": packing.gathered(ids), "position_ids": packing.positions, "use_cache": False}
 
 
 def takes_positions(model_class: type) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhfdsl.models.inputs import forward_inputs
+from rlhfdsl.models.inputs import forward_inputs, packed_inputs
+from rlhfdsl.models.packing import Packing
 
 HEAD = "score.weight"  # the name that every sequence-classification class of transformers gives its head
 
@@ -29,16 +30,18 @@ class ScalarModel(nn.Module):
     def config(self):
         return self.classifier.config
 
-    def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, lengths: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
         """Scalars in fp32, shape [B, T], for right-padded `ids` [B, T] with `lengths` [B].
 
-        Entries at and beyond a row's length are meaningless. An id beyond the last row of the embedding reads that row:
+        packing: of these rows, where they are to be read without their padding. Entries at and beyond a row's length
+        are meaningless. An id beyond the last row of the embedding reads that row:
         an actor of the same tokenizer can have more padding rows, and samples one of them once in a while.
         """
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
         ids = ids.clamp(max=self.config.get_text_config().vocab_size - 1)
-        hidden = backbone(**forward_inputs(backbone, ids, lengths)).last_hidden_state
-        return self.classifier.score(hidden).squeeze(-1).float()
+        inputs = forward_inputs(backbone, ids, lengths) if packing is None else packed_inputs(backbone, ids, packing)
+        scalars = self.classifier.score(backbone(**inputs).last_hidden_state).squeeze(-1).float()
+        return scalars if packing is None else packing.spread(scalars)
 
     def gradient_checkpointing_enable(self) -> None:
         self.classifier.gradient_checkpointing_enable({"use_reentrant": False})

@@ -15,7 +15,7 @@ from rlhfdsl.planning.keys import leaves
 
 Json = dict[str, Any]
 _SPEED = re.compile(
-    r"engines\.\w+\.(zero|offload|gradient_checkpointing|micro|accumulation)$|(memory|time)\b|"
+    r"engines\.\w+\.(zero|offload|gradient_checkpointing|packing|micro|accumulation)$|(memory|time)\b|"
     r"batch\.(world|per_rank|micro|accumulation|generate_per_rank)$|batch\.ptx\.(per_rank|micro)$"
 )
 # Derived from what is shown, or the same thing in other words.

@@ -24,7 +24,7 @@ Json = dict[str, Any]
 # Settings of a stage that leave its result alone.
 _INTERVALS = ("log", "eval_every", "samples_every", "checkpoint_every", "keep")
 _BATCH = ("why", "world", "per_rank", "micro", "accumulation", "generate_per_rank")
-_ENGINE = ("zero", "offload", "nvme", "gradient_checkpointing", "micro", "accumulation", "deepspeed")
+_ENGINE = ("zero", "offload", "nvme", "gradient_checkpointing", "packing", "micro", "accumulation", "deepspeed")
 _DEEPSPEED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu"),
     *("gradient_accumulation_steps", "managed_gradient_accumulation"),

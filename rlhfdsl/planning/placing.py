@@ -167,13 +167,14 @@ def engine(
         course.schedule(scope.problems, part.at, warmup, schedule)
         escape.effects(scope.problems, group, placed)
         optimizer = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    lora = lora_of(scope, part)
+    lora, parallel = lora_of(scope, part), parallel_of(scope.recipe, part)
     return {
         "role": part.role, "trains": part.trains, "weights": weights_of(scope.recipe, part.reference),
         "base": model.address, "head": part.head, "dtype": model.dtype, "attention": model.entry["attention"],
         "lora": None if lora is None else lora.entry, "shares": part.shares,
         "dropout": group["dropout"] if part.trains and group is not None else 0.0,
-        "gradient_checkpointing": placed.checkpointing, "zero": placed.zero, "offload": placed.offload,
+        "gradient_checkpointing": placed.checkpointing, "packing": parallel is None or parallel["packing"],
+        "zero": placed.zero, "offload": placed.offload,
         "nvme": placed.need.nvme,
         "micro": placed.micro, "accumulation": accumulation,
         "ema": group["ema"] if part.name == "actor" and group is not None else None, "schedule": schedule,

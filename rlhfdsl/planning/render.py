@@ -33,6 +33,8 @@ def layout(plan: Json) -> str:
             if engine["trains"]:
                 said += f", gradient_checkpointing = {'on' if engine['gradient_checkpointing'] else 'off'}"
             said += f", micro = {engine['micro']}"
+            if not engine["packing"]:
+                said += ", packing = off"
             at = stage["address"] if len(stage["engines"]) == 1 else f"{stage['address']}.{name}"
             blocks.setdefault(said, []).append(at)
     lines = ["# This layout as a recipe; name the block in each engine, `parallel = parallel.pN`:"]

@@ -72,8 +72,8 @@ def make_actor(arch: Json, device: torch.device, zero: int) -> HybridEngine:
     schedule = {"kind": "constant", "lr": 1e-6, "warmup": 0, "updates": 1}
     optimizer = {"lr": 1e-6, "betas": [0.9, 0.95], "eps": 1e-5, "weight_decay": 0.0}
     spec = {
-        "trains": True, "zero": zero, "offload": "off", "micro": 1, "dtype": dtype, "lora": None, "shares": None,
-        "schedule": schedule, "ema": None,
+        "trains": True, "zero": zero, "offload": "off", "packing": False, "micro": 1, "dtype": dtype, "lora": None,
+        "shares": None, "schedule": schedule, "ema": None,
         "rollout": {"engine": "graph", "tensor": 1, "free_cache": False, "reason": "measured"},
         "deepspeed": deepspeed_config.config(
             dtype=dtype, zero=zero, offload="off", device=device.type, world=distributed.world(), micro=1,

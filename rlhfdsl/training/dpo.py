@@ -26,9 +26,9 @@ from rlhfdsl.engines.engine import BasePolicy, PolicyEngine
 from rlhfdsl.training import invariants
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import preference_loss
-from rlhfdsl.training.micro import micro_parts
+from rlhfdsl.training.micro import micro_pairs
 from rlhfdsl.training.reading import Targets, target_statistics
-from rlhfdsl.training.reward import longer, read_tokens
+from rlhfdsl.training.reward import pair_lengths, read_tokens
 
 
 def run(context: Context) -> dict[str, float]:
@@ -51,7 +51,7 @@ def run(context: Context) -> dict[str, float]:
         chosen = batch_rows(len(train), batch, update, context.seed, context.shuffles("train"))
         rows = chosen[rank::world]
         mine = [train[i] for i in rows]
-        (parts,) = micro_parts([longer(pair) for pair in mine], engine, settings["length"], sequences=2)
+        parts = micro_pairs([pair_lengths(pair) for pair in mine], engine, settings["length"])
         if update == 0 and reference.same:
             context.report("invariants", **check(engine, reference, train, [rows[i] for i in parts[0]], context))
         # All of the reference first: with LoRA it is the policy's own engine, switched to inference.
@@ -127,10 +127,8 @@ class Reference:
         assert engine is not None
         engine.eval()
         dealt, own = distributed.my_rows(len(pairs))
-        lengths = [longer(pairs[i]) for i in dealt]
         found = torch.zeros(len(dealt), 2, device=engine.device)
-        (parts,) = micro_parts(lengths, engine, length, sequences=2)
-        for part in parts:
+        for part in micro_pairs([pair_lengths(pairs[i]) for i in dealt], engine, length):
             found[part] = log_probs(engine, [pairs[dealt[i]] for i in part], self.context)
         return distributed.spread(found[:own], dealt[:own], len(pairs)).cpu()
 
@@ -139,7 +137,7 @@ def log_probs(engine: PolicyEngine | BasePolicy, pairs: Sequence[Pair], context:
     """Summed log-probability of the answers' tokens, [B, 2] for chosen and rejected."""
     batch = collate([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], context.pad_id)
     batch = batch.to(engine.device)
-    per_token, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss))
+    per_token, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss), total=batch.total)
     return per_token.sum(1).view(2, -1).T
 
 
@@ -172,7 +170,7 @@ def evaluate(
     settings = context.settings
     dealt, own = distributed.my_rows(len(pairs))
     found = torch.zeros(len(dealt), 2, device=engine.device, dtype=torch.float64)
-    (parts,) = micro_parts([longer(pairs[i]) for i in dealt], engine, settings["length"], sequences=2)
+    parts = micro_pairs([pair_lengths(pairs[i]) for i in dealt], engine, settings["length"])
     for part in parts:
         rows = [dealt[i] for i in part]
         some = [pairs[i] for i in rows]

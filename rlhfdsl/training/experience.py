@@ -22,7 +22,8 @@ class Answers:
 
     T: longest prompt + answer; A: longest answer. ids [B, T] right-padded; prompt_lengths, lengths [B]; ended [B]:
     whether the answer closed with a stop token; mask [B, A]: true on the answer's tokens; rollout_log_probs [B, A]: of
-    the sampled tokens as the rollout engine computed them. Everything [B, A] is 0 outside the mask.
+    the sampled tokens as the rollout engine computed them. Everything [B, A] is 0 outside the mask. total: tokens of
+    all rows, known of rows that were taken.
     """
 
     ids: Tensor
@@ -31,6 +32,7 @@ class Answers:
     ended: Tensor
     mask: Tensor
     rollout_log_probs: Tensor
+    total: int | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -42,12 +44,15 @@ class Answers:
     def take(self, rows: slice | Tensor) -> Self:
         """The given rows, with the columns that only padding fills cut off."""
         rows = rows.to(self.ids.device) if isinstance(rows, Tensor) else rows
-        part = {f.name: value[rows] for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        width, answer = int(part["lengths"].max()), int(part["mask"].sum(1).max())
+        every = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        part = {name: value[rows] for name, value in every.items()}
+        lengths = part["lengths"]
+        known = torch.stack([lengths.max(), part["mask"].sum(1).max(), lengths.sum()])
+        width, answer, total = known.tolist()  # one look at the device
         for name, tensor in part.items():
             if tensor.dim() == 2 and name != "score_terms":
                 part[name] = tensor[:, : width if name == "ids" else answer]
-        return type(self)(**part)
+        return type(self)(**part, total=total)
 
 
 @dataclass(frozen=True, kw_only=True)

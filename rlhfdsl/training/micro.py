@@ -1,8 +1,9 @@
 """How the rows of a minibatch are cut into micro batches: like lengths together, short rows more at a time.
 
-A micro batch is padded to its longest row, so rows of mixed lengths waste most of a pass; and a pass costs its launches
-however short its rows are, which for a small model is most of its time. Losses are sums over the tokens of the whole
-minibatch, so the cut changes speed and rounding, never the gradient that is meant.
+A micro batch is padded to its longest row, so rows of mixed lengths waste most of a pass, or its attention where the
+rows are packed; and a pass costs its launches however short its rows are, which for a small model is most of its time.
+Losses are sums over the tokens of the whole minibatch, so the cut changes speed and rounding, never the gradient that
+is meant.
 """
 
 from __future__ import annotations
@@ -23,19 +24,28 @@ class Reader(Protocol):
     @property
     def pass_tokens(self) -> float: ...
 
+    @property
+    def padding(self) -> float: ...
 
-def by_length(lengths: Sequence[int], room: int, beside: float) -> list[list[int]]:
+
+def by_length(
+    lengths: Sequence[int], room: int, beside: float, padding: float = 1.0, real: Sequence[float] | None = None
+) -> list[list[int]]:
     """Row numbers in micro batches, the longest rows first: the cut that costs least.
 
-    room: tokens of a micro batch, padding counted; a longer row is alone. beside: tokens that take as long as what a
-    pass costs beside its tokens. The cost of the longest k rows is the least over the last micro batch among them.
+    room: tokens of a micro batch; a longer row is alone. beside: tokens that take as long as what a pass costs beside
+    its tokens. padding: what a token of it takes, of a real one. real: tokens of a row where it has padding by itself,
+    as a pair of unequal sequences. The cost of the longest k rows is the least over the last micro batch among them.
     """
+    real = lengths if real is None else real
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     least, begins = [0.0], [0]
     for end in range(1, len(rows) + 1):
         costs = []
+        own = 0.0
         for start in range(end - 1, -1, -1):
-            tokens = (end - start) * lengths[rows[start]]
+            own += real[rows[start]]
+            tokens = own + padding * ((end - start) * lengths[rows[start]] - own)
             if tokens > room and start < end - 1:
                 break  # wider and more rows from here on
             costs.append((least[start] + tokens + beside, start))
@@ -61,17 +71,31 @@ def in_parts(parts: list[list[int]], count: int) -> list[list[int]]:
 
 
 def micro_parts(
-    lengths: Sequence[int], engine: Reader, longest: int, size: int | None = None, *, sequences: int = 1
+    lengths: Sequence[int], engine: Reader, longest: int, size: int | None = None
 ) -> list[list[torch.Tensor]]:
     """The micro batches, as int64 row numbers, of each minibatch of `size` consecutive rows (None: all rows are one).
 
-    longest: tokens of a row at which the engine's micro batch was sized. sequences: of a row, 2 of pairs. Every rank
-    gets equally many micro batches for a minibatch: above ZeRO 0 each pass is a collective call. So all ranks call this
-    together, with equally many rows.
+    longest: tokens of a row at which the engine's micro batch was sized. Every rank gets equally many micro batches for
+    a minibatch: above ZeRO 0 each pass is a collective call. So all ranks call this together, with equally many rows.
     """
     size = size or len(lengths)
-    room, beside = engine.micro * longest, engine.pass_tokens / sequences
-    cut = [by_length(lengths[start : start + size], room, beside) for start in range(0, len(lengths), size)]
+    room = engine.micro * longest
+    cut = [
+        by_length(lengths[start : start + size], room, engine.pass_tokens, engine.padding)
+        for start in range(0, len(lengths), size)
+    ]
+    return _on_every_rank(cut, size)
+
+
+def micro_pairs(lengths: Sequence[tuple[int, int]], engine: Reader, longest: int) -> list[torch.Tensor]:
+    """As `micro_parts` of one minibatch whose rows are pairs of sequences, read together and padded to the longer."""
+    longer, mean = [max(pair) for pair in lengths], [sum(pair) / 2 for pair in lengths]
+    cut = by_length(longer, engine.micro * longest, engine.pass_tokens / 2, engine.padding, mean)
+    return _on_every_rank([cut], len(lengths))[0]
+
+
+def _on_every_rank(cut: list[list[list[int]]], size: int) -> list[list[torch.Tensor]]:
+    """The micro batches of minibatches of `size` rows, of each as many as on the rank that has most."""
     most = distributed.all_max(torch.tensor([len(parts) for parts in cut])).tolist()
     return [
         [torch.tensor(rows) + number * size for rows in in_parts(parts, count)]

@@ -330,7 +330,7 @@ class OnPolicy(ABC):
             part = experience.rows(0, reward.engine.micro)
             padded = torch.nn.functional.pad(part.ids, (0, 7), value=self.pad_id)
             drift = invariants.padding_is_ignored(
-                reward.engine.scores(part.ids, part.lengths),
+                reward.engine.scores(part.ids, part.lengths, part.total),
                 reward.engine.scores(padded, part.lengths),
                 reward.engine.spec["dtype"],
             )

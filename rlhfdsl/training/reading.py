@@ -37,15 +37,16 @@ def target_statistics(
     lengths: Tensor,
     targets: Targets,
     temperature: float = 1.0,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the target tokens, and entropies of their distributions: fp32 [B, T] each.
 
-    ids [B, T] right-padded. Entries that are not targets are 0.
+    ids [B, T] right-padded; total: their tokens, where it is known without a look at the device. Entries that are not
+    targets are 0.
     """
     rows, columns = targets.rows, targets.columns
-    logits = engine.logits(ids, lengths, targets.first)
-    places = rows * logits.shape[1] + columns - 1 - targets.first
-    found = token_statistics(logits.flatten(0, 1), ids[rows, columns], temperature, places)
+    logits, places = engine.logits_at(ids, lengths, rows, columns - 1, targets.first, total)
+    found = token_statistics(logits, ids[rows, columns], temperature, places)
     whole = torch.zeros(ids.shape, device=ids.device)
     log_probs, entropies = (whole.index_put((rows, columns), part) for part in found)
     return log_probs, entropies

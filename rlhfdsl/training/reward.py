@@ -19,7 +19,7 @@ from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import ScalarEngine
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import pair_loss
-from rlhfdsl.training.micro import micro_parts
+from rlhfdsl.training.micro import micro_pairs
 
 
 def run(context: Context) -> dict[str, float]:
@@ -38,7 +38,7 @@ def run(context: Context) -> dict[str, float]:
         mine = [train[i] for i in chosen[rank::world]]
         engine.train()
         sums = torch.zeros(3, device=engine.device)
-        (parts,) = micro_parts([longer(pair) for pair in mine], engine, settings["length"], sequences=2)
+        parts = micro_pairs([pair_lengths(pair) for pair in mine], engine, settings["length"])
         for rows in parts:
             better, worse = score_pairs(engine, [mine[i] for i in rows], context)
             losses = pair_loss(better, worse)
@@ -75,18 +75,18 @@ def score_pairs(
     """Rewards [B] of the chosen and of the rejected answers, from one forward pass over 2B rows."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     batch = collate(rows, context.pad_id).to(engine.device)
-    better, worse = engine.scores(batch.ids, batch.lengths).chunk(2)
+    better, worse = engine.scores(batch.ids, batch.lengths, batch.total).chunk(2)
     return better, worse
 
 
-def longer(pair: Pair) -> int:
-    """Tokens of the longer of a pair's two sequences, to which both are padded."""
-    return max(len(pair.chosen.ids), len(pair.rejected.ids))
+def pair_lengths(pair: Pair) -> tuple[int, int]:
+    """Tokens of a pair's two sequences."""
+    return len(pair.chosen.ids), len(pair.rejected.ids)
 
 
 def read_tokens(pairs: Sequence[Pair]) -> int:
     """Tokens that a forward pass reads, padding apart."""
-    return sum(len(pair.chosen.ids) + len(pair.rejected.ids) for pair in pairs)
+    return sum(sum(pair_lengths(pair)) for pair in pairs)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def evaluate(engine: ScalarEngine, pairs: Sequence[Pair], context: Context) -> d
     engine.eval()
     dealt, own = distributed.my_rows(len(pairs))
     scores = torch.zeros(len(dealt), 2, device=engine.device, dtype=torch.float64)
-    (parts,) = micro_parts([longer(pairs[i]) for i in dealt], engine, context.settings["length"], sequences=2)
+    parts = micro_pairs([pair_lengths(pairs[i]) for i in dealt], engine, context.settings["length"])
     for part in parts:
         scores[part] = torch.stack(score_pairs(engine, [pairs[dealt[i]] for i in part], context), 1).double()
     whole = distributed.spread(scores[:own], dealt[:own], len(pairs))

@@ -55,7 +55,7 @@ class ModelReward:
     def __call__(self, answers: Answers) -> Tensor:
         self.engine.eval()
         (parts,) = micro_parts(answers.lengths.tolist(), self.engine, self.longest)
-        scores = read(answers, parts, lambda part: self.engine.scores(part.ids, part.lengths))
+        scores = read(answers, parts, lambda part: self.engine.scores(part.ids, part.lengths, part.total))
         self.engine.rest()
         return (scores - self.mean) / self.deviation
 

@@ -54,13 +54,13 @@ def answer_statistics(
     targets: `answer_targets(part)` where it was made before.
     """
     targets = answer_targets(part) if targets is None else targets
-    log_probs, entropies = target_statistics(engine, part.ids, part.lengths, targets, temperature)
+    log_probs, entropies = target_statistics(engine, part.ids, part.lengths, targets, temperature, part.total)
     return tuple(at_answers(x[:, 1:], part.prompt_lengths, part.mask) for x in (log_probs, entropies))
 
 
 def answer_values(engine: ScalarEngine, part: Answers) -> Tensor:
     """The scalar of the state before each answer token, [b, A], 0 outside the mask."""
-    return at_answers(engine.scalars(part.ids, part.lengths), part.prompt_lengths, part.mask)
+    return at_answers(engine.scalars(part.ids, part.lengths, part.total), part.prompt_lengths, part.mask)
 
 
 def beside_base(

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: next-token loss on the answers, averaged over the tokens of the whole global batch.
 
-Ouyang et al. 2022, step 1. Not here yet: packing several rows into one sequence.
+Ouyang et al. 2022, step 1. Rows that are packed into one pass (models/packing.py) do not see each other.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run(context: Context) -> dict[str, float]:
 
 def token_loss(engine: PolicyEngine, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
     """This micro batch's part of the global token-mean loss, ready for `backward`."""
-    log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss))
+    log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss), total=batch.total)
     return token_mean(-log_probs, batch.loss, tokens, distributed.world())
 
 
@@ -90,7 +90,7 @@ def evaluate(engine: PolicyEngine, rows: Sequence[Example], context: Context) ->
     (parts,) = micro_parts([len(rows[i].ids) for i in dealt], engine, context.settings["length"])
     for part in parts:
         batch = collate([rows[dealt[i]] for i in part], context.pad_id).to(engine.device)
-        log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss))
+        log_probs, _ = target_statistics(engine, batch.ids, batch.lengths, Targets.of(batch.loss), total=batch.total)
         counted = batch.loss & (part < own).to(engine.device).unsqueeze(1)
         total += torch.stack([(-log_probs * counted).sum(), counted.sum()]).double()
     loss, tokens = distributed.all_sum(total).tolist()

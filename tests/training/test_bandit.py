@@ -28,7 +28,7 @@ SETTINGS = {
         "scale": False,
     },
     "kl": {"coef": BETA, "apply": "reward", "estimator": "k1", "target": None, "horizon": None},
-    "reward": {"clip": None, "normalize": False, "missing_eos": 0.0},
+    "reward": {"clip": None, "normalize": False, "missing_eos": 0.0, "overlong": None},
     "ptx": None, "log": 1,
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import random
 from itertools import product
 from types import SimpleNamespace
 
-from rlhfdsl.training.micro import by_length, in_parts, in_turn, micro_parts
+from rlhfdsl.training.micro import by_length, in_parts, in_turn, micro_pairs, micro_parts
 
 
 def padded(parts, lengths):
@@ -58,9 +58,26 @@ def test_more_parts_for_a_rank_that_has_fewer():
 
 
 def test_a_minibatch_keeps_its_rows():
-    engine = SimpleNamespace(micro=2, pass_tokens=100.0)
+    engine = SimpleNamespace(micro=2, pass_tokens=100.0, padding=1.0)
     cut = micro_parts([5, 1, 9, 8], engine, 9, size=2)
     assert [[rows.tolist() for rows in parts] for parts in cut] == [[[0, 1]], [[2, 3]]]
+
+
+def test_padding_that_attention_alone_sees():
+    # 9 + 1 tokens and 8 of padding at a quarter, 12 and a pass of 7, before 9 + 1 and two passes
+    assert by_length([9, 1], 100, 7, padding=0.25) == [[0, 1]]
+    assert by_length([9, 1], 100, 1, padding=0.25) == [[0], [1]]  # 13 before 12
+    assert by_length([9, 1], 11, 7, padding=0.25) == [[0], [1]]  # 12 tokens have no room
+    assert by_length([9, 1], 12, 7, padding=0.25) == [[0, 1]]
+
+
+def test_pairs_take_what_both_of_their_sequences_have():
+    # padded to 20, 20 and 18 tokens a sequence: two pairs fill 40; of real ones 11, 20 and 10 in the mean
+    lengths = [(20, 2), (20, 20), (2, 18)]
+    engine = SimpleNamespace(micro=2, pass_tokens=0.0, padding=1.0)
+    assert [rows.tolist() for rows in micro_pairs(lengths, engine, 20)] == [[0, 1], [2]]
+    engine = SimpleNamespace(micro=2, pass_tokens=20.0, padding=0.0)
+    assert [rows.tolist() for rows in micro_pairs(lengths, engine, 21)] == [[0, 1, 2]]
 
 
 def test_unequal_answers_are_padded_little():

@@ -293,6 +293,6 @@ class TestInvariants:
     def test_a_reward_model_that_reads_padding_is_found(self, source, other_source, monkeypatch):
         one = trainer(source, source)
         experience = self.experience(one)
-        monkeypatch.setattr(ScalarEngine, "scores", lambda self, ids, lengths: self.scalars(ids, lengths)[:, -1])
+        monkeypatch.setattr(ScalarEngine, "scores", lambda self, ids, lengths, *_: self.scalars(ids, lengths)[:, -1])
         with pytest.raises(UserError, match="extra padding changes the reward"):
             one.check(experience, same_reference=True)

@@ -48,12 +48,12 @@ def test_at_stage_3_one_forward_reads_both(source, monkeypatch):
     """Log-probabilities and learning are those of two passes, within rounding; the invariants of the ratio hold."""
     shared, separate = trainer(source, True, zero=3), trainer(source, False, zero=3)
     rows = []
-    forward = shared.engines.actor.logits
-    monkeypatch.setattr(shared.engines.actor, "logits", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest))
+    actor, forward = shared.engines.actor, shared.engines.actor.logits_at
+    monkeypatch.setattr(actor, "logits_at", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest))
     for number in range(2):
         rows.clear()
         first, _ = shared.generate_experience(prompts(), [0, 1, 2, 3])
-        assert sum(rows) == 2 * len(first) and len(rows) == 2  # of micro batches of 2
+        assert sum(rows) == 2 * len(first) and len(rows) == sum(len(parts) for parts in shared.parts(first, actor))
         second, _ = separate.generate_experience(prompts(), [0, 1, 2, 3])
         if number == 0:
             found = shared.check(first, same_reference=True)

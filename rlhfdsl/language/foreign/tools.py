@@ -28,6 +28,7 @@ _DERIVED = "derived here"
 _HOOKS = "logging goes to the run's folder"
 _FAST = "chosen here from what the model and the GPU allow"
 _TENSOR = "`rollout.tensor` takes by itself the GPUs of a copy of the weights that hold the most answers"
+_PACKED = "rows run without their padding in any case, and `batch` counts sequences"
 _ENGINE = "the rollout runs on the training weights, so there is no second engine to set up"
 _HUB = "nothing is pushed to a hub"
 _LOAD = "sources are read once, when rlhf.lock is made"
@@ -140,7 +141,7 @@ TOOLS: dict[str, Tool] = {
         {
             **_COMMON_WITHOUT, "apply_chat_template": _TEMPLATE,
             "data.apply_chat_template": _TEMPLATE, "flash_attn": _FAST,
-            "packing_samples": _FAST, "ds.packing_samples": _FAST, "micro_rollout_batch_size": _DERIVED,
+            "packing_samples": _PACKED, "ds.packing_samples": _PACKED, "micro_rollout_batch_size": _DERIVED,
             "vllm_num_engines": _ENGINE, "vllm_tensor_parallel_size": _TENSOR, "colocate_all_models": _ENGINE,
             "vllm_gpu_memory_utilization": _ENGINE, "vllm_enable_sleep": _ENGINE, "deepspeed_enable_sleep": _ENGINE,
             "vllm_sync_backend": _ENGINE, "enforce_eager": _ENGINE, "vllm.num_engines": _ENGINE,
@@ -167,7 +168,7 @@ TOOLS: dict[str, Tool] = {
         },
         {
             **_COMMON_WITHOUT, "val_set_size": _PART,
-            "dataset_prepared_path": _LOAD, "sample_packing": _FAST, "eval_sample_packing": _FAST,
+            "dataset_prepared_path": _LOAD, "sample_packing": _PACKED, "eval_sample_packing": _PACKED,
             "pad_to_sequence_len": _DERIVED, "lora_model_dir": _LORA,
             "lora_modules_to_save": _LORA, "load_in_8bit": _WHOLE, "flash_attention": _FAST,
             "xformers_attention": _FAST, "sdp_attention": _FAST, "attn_implementation": _FAST,
