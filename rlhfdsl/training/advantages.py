@@ -57,8 +57,9 @@ def group_advantages(rewards: Tensor, *, scale: bool) -> Tensor:
     Shao et al. 2024, section 4.1.2. The deviation is the biased one, so that a group's advantages have mean square 1;
     a group of equal rewards has advantage 0.
     """
+    rewards = rewards.double()  # an fp32 mean of equal rewards is not quite them: by half the 1e-6 below, at 5
     lead = rewards - rewards.mean(1, keepdim=True)
-    return lead / (rewards.std(1, keepdim=True, correction=0) + 1e-6) if scale else lead
+    return (lead / (rewards.std(1, keepdim=True, correction=0) + 1e-6) if scale else lead).float()
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -66,9 +67,9 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
     Kool et al. 2019, equation 8: an unbiased baseline, since it does not depend on the answer.
     """
-    count = rewards.shape[1]
+    count, rewards = rewards.shape[1], rewards.double()  # as in group_advantages
     others = (rewards.sum(1, keepdim=True) - rewards) / (count - 1)
-    return rewards - others
+    return (rewards - others).float()
 
 
 def whiten(x: Tensor, mask: Tensor, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
