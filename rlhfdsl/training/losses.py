@@ -154,15 +154,17 @@ def policy_loss(
 
     All inputs [B, T]. The ratio is clipped to 1 - clip and 1 + clip_high (left out: clip; Yu et al. 2025, section 3.1).
     With `dual_clip` c > 1 the loss of a negative advantage is at most -c x advantage (Ye et al. 2020, equation 5).
-    Returns the losses and the bool mask of the tokens where the clip decides, both [B, T].
+    Returns the losses and the bool mask of the tokens where a clip decides, which have no gradient, both [B, T].
     """
     ratio = (log_probs - old_log_probs).exp()
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
-    losses = torch.maximum(free, clipped)
+    losses, decides = torch.maximum(free, clipped), clipped > free
     if dual_clip is not None:
-        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
-    return losses, clipped > free
+        least = -advantages * dual_clip
+        bounded = (advantages < 0) & (losses > least)
+        losses, decides = torch.where(bounded, least, losses), decides | bounded
+    return losses, decides
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:

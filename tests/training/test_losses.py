@@ -99,8 +99,11 @@ def test_policy_loss_by_hand(ratio, advantage, expected, clipped):
 
 def test_dual_clip_bounds_the_loss_of_a_bad_token():
     new = torch.tensor([[math.log(10.0), math.log(10.0)]])
-    loss, _ = policy_loss(new, torch.zeros(1, 2), torch.tensor([[-2.0, 2.0]]), clip=0.2, dual_clip=3.0)
+    loss, where = policy_loss(new, torch.zeros(1, 2), torch.tensor([[-2.0, 2.0]]), clip=0.2, dual_clip=3.0)
     assert loss[0].tolist() == pytest.approx([6.0, -2.4], rel=1e-6)
+    assert where[0].tolist() == [True, True]  # neither token has a gradient
+    _, where = policy_loss(new * 0.4, torch.zeros(1, 2), torch.full((1, 2), -2.0), clip=0.2, dual_clip=3.0)
+    assert where[0].tolist() == [False, False]  # 10 ** 0.4 = 2.5 is below 3
 
 
 def test_the_upper_clip_has_its_own_width():

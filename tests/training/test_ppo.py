@@ -1,6 +1,8 @@
 """PPO against a slow version in plain PyTorch: one row at a time, no padding, no cache, no DeepSpeed."""
 
 import copy
+import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -133,6 +135,17 @@ def test_experience_equals_the_slow_version(source, other_source):
     assert metrics["kl"] == pytest.approx(sum(kl) / 4, abs=1e-4)
     assert metrics["length"] == sum(len(row[0]) for row in rows) / 4
     assert metrics["parity"] < 1e-5
+    raw = [slow.scalars(slow.reward, sequence)[-1].item() for sequence in sequences]
+    tokens = sum(len(row[0]) for row in rows)
+    returns, values = (torch.tensor([x for row in rows for x in row[i]], dtype=torch.float64) for i in (4, 1))
+    expected = {
+        "answers": 4, "score": sum(raw) / 4, "score_std": statistics.pstdev(raw),
+        "reward": sum(sum(row[2]) for row in rows) / 4, "kl_per_token": sum(kl) / tokens, "ended": sum(ended) / 4,
+        "score_clipped": sum(abs(score) > 0.5 for score in raw) / 4,
+        "explained_variance": 1 - ((returns - values).var() / returns.var()).item(),
+    }  # fmt: skip
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert any(score < -0.5 for score in raw) and any(score > -0.5 for score in raw)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +165,7 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
     experience, _ = fast.generate_experience(prompts(), [0, 1, 2, 3])
     slow = Slow(source, other_source, fast)
     ptx = [Example(ids=[3, 1, 4, 1, 5], loss=[True] * 5), Example(ids=[9, 2, 6], loss=[True] * 3)]
-    fast.train_step(experience, [ptx, ptx] if chosen["ptx"] else ())
+    metrics = fast.train_step(experience, [ptx, ptx] if chosen["ptx"] else ())
 
     update, kl = chosen["update"], chosen["kl"]
     optimizers = [
@@ -160,8 +173,9 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
         for model in (slow.actor, slow.critic)
     ]
     tokens = int(experience.mask.sum())
+    sums = Counter()  # of all tokens of both updates
     for _ in range(2):
-        policy_sum, value_sum, clipped = 0.0, 0.0, 0
+        policy_sum, value_sum = 0.0, 0.0
         for i, prompt in enumerate(PROMPTS):
             sequence = experience.ids[i, : experience.lengths[i]].tolist()
             size = len(sequence) - len(prompt)
@@ -173,17 +187,21 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
             for t in range(size):
                 ratio = torch.exp(new[t] - old[t])
                 gain = torch.minimum(ratio * adv[t], ratio.clamp(0.8, 1.2) * adv[t])
-                clipped += int(gain != ratio * adv[t])
                 if update["dual_clip"] and adv[t] < 0:
                     gain = torch.maximum(gain, update["dual_clip"] * adv[t])
                 policy_sum = policy_sum - gain
+                sums.update(policy_loss=-gain.item(), clipped=int(gain != ratio * adv[t]), ratio=ratio.item())
+                sums.update(approximate_kl=(ratio - 1 - ratio.log()).item())
                 if kl["apply"] == "loss":
                     policy_sum = policy_sum + kl["coef"] * (torch.exp(ref[t] - new[t]) - 1 - (ref[t] - new[t]))
                 p = distributions[len(prompt) - 1 + t]
                 policy_sum = policy_sum + update["entropy"] * (p * p.log()).sum()
+                sums.update(entropy=-(p * p.log()).sum().item())
                 old_value, target = experience.values[i, t], experience.returns[i, t]
                 near = old_value + (values[t] - old_value).clamp(-0.2, 0.2)
-                value_sum = value_sum + 0.5 * torch.maximum((values[t] - target) ** 2, (near - target) ** 2)
+                error = torch.maximum((values[t] - target) ** 2, (near - target) ** 2)
+                value_sum = value_sum + 0.5 * error
+                sums.update(value_loss=error.item(), value_clipped=int(error > (values[t] - target) ** 2))
         loss = policy_sum / tokens
         if chosen["ptx"]:
             nll = -sum(slow.log_probs(slow.actor, row.ids, 1).sum() for row in ptx)
@@ -192,7 +210,9 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
             optimizer.zero_grad()
             part.backward()
             optimizer.step()
-    assert clipped > 0
+    assert sums["clipped"] > 0
+    means = {name: total / (2 * tokens) for name, total in sums.items()}
+    assert {name: metrics[name] for name in means} == pytest.approx(means, abs=2e-4, rel=2e-3)
     for found, expected in (
         (fast.engines.actor.module, slow.actor),
         (fast.engines.critic.module.classifier, slow.critic),
