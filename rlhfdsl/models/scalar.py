@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import MethodType
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier: PreTrainedModel):
         super().__init__()
         self.classifier = classifier
+        classifier.score.forward = MethodType(_in_fp32, classifier.score)  # a module's call, which gathers at ZeRO 3
 
     @property
     def config(self):
@@ -40,11 +42,20 @@ class ScalarModel(nn.Module):
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
         ids = ids.clamp(max=self.config.get_text_config().vocab_size - 1)
         inputs = forward_inputs(backbone, ids, lengths) if packing is None else packed_inputs(backbone, ids, packing)
-        scalars = self.classifier.score(backbone(**inputs).last_hidden_state).squeeze(-1).float()
+        scalars = self.classifier.score(backbone(**inputs).last_hidden_state).squeeze(-1)
         return scalars if packing is None else packing.spread(scalars)
 
     def gradient_checkpointing_enable(self) -> None:
         self.classifier.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _in_fp32(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """The head's product in fp32, [B, T, d] -> [B, T, 1].
+
+    In the model's own type the sum would be rounded to it: a bf16 score of 5 to steps of 1/32, which is more than all
+    else in a forward adds and as much as answers of one prompt differ by.
+    """
+    return hidden.float() @ head.weight.float().T
 
 
 def at_last(scalars: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
