@@ -21,6 +21,7 @@ from rlhfdsl.models.loading import parameter_count
 from rlhfdsl.models.lora import adapters_off, adapters_on_half, lora_layers
 from rlhfdsl.models.packing import Packing
 from rlhfdsl.models.scalar import at_last
+from rlhfdsl.planning.flops import UNKNOWN, Forward
 from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, LAYER_FORWARD
 
 # Parameters x tokens of a pass, forward and backward at 6 FLOPs each, that take as long as the launches of one of its
@@ -51,6 +52,7 @@ class Engine(ABC):
         self.micro: int = spec["micro"]
         self.updates = 0
         self.pulse: Callable[[str], None] = lambda doing: None  # told what this engine begins to do
+        self.flops: Forward = UNKNOWN  # of its forward pass, by the plan
         self.finite: torch.Tensor | None = None  # whether every loss since the last step was
         parameters = _groups(module, spec) if spec["trains"] else None
         self.deepspeed, *_ = deepspeed.initialize(
@@ -273,6 +275,7 @@ class BasePolicy:
         self.engine = engine
         self.micro: int = spec["micro"]
         self.pass_tokens, self.padding = engine.pass_tokens, engine.padding
+        self.flops: Forward = UNKNOWN
         self.layers = lora_layers(engine.module)
 
     @property

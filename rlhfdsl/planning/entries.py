@@ -72,9 +72,9 @@ def model(
     entry["key"] = key_of(decides)
     facts = lock["models"].get(entry["key"])
     entry["facts"] = facts
-    numbers = _numbers(entry, facts, known.get(block.address))
-    found = shape(numbers) if numbers is not None else None
-    counted = numbers.get("parameters") if numbers is not None else None
+    given = numbers(entry, facts, known.get(block.address))
+    found = shape(given) if given is not None else None
+    counted = given.get("parameters") if given is not None else None
     causal = counted if counted is not None else catalog.parameters(found) if found is not None else None
     return Model(block.address, entry, found, causal)
 
@@ -85,7 +85,7 @@ def _named(tokenizer: str | None, arch: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _numbers(
+def numbers(
     entry: Mapping[str, Any], facts: Mapping[str, Any] | None, known: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Configuration numbers by strength: arch, then the lock's facts, then a directory's or the catalog's."""

@@ -1,9 +1,8 @@
 """Seconds by roofline: of each kind of kernel FLOPs over the achieved rate or bytes over the achieved bandwidth, of the
 device and its host the slower; then the bytes that cross links, which are not hidden behind computing here.
 
-For each token a forward pass takes 2 FLOPs for each parameter of its matrices (the input embedding is a lookup) and
-4 x layers x width for each token that it attends to; a backward pass takes twice that, beside frozen weights (LoRA) as
-much; checkpointing one forward more. Norms, activations, adapters, losses and the optimizer are bound by their bytes
+The FLOPs of a forward pass are those of flops.py; a backward pass takes twice as many, beside frozen weights (LoRA) as
+many; checkpointing one forward more. Norms, activations, adapters, losses and the optimizer are bound by their bytes
 (traffic.py). Weights in 4 bits are read back, matrix by matrix, in every pass and decode step. A decode step reads all
 weights and the live cache once. Batches are padded to their longest row, which is left out; an answer is taken to have
 its full length.
@@ -14,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from rlhfdsl.planning import memory, nvme, shards, traffic
+from rlhfdsl.planning import flops, memory, nvme, shards, traffic
 from rlhfdsl.planning.adapters import linears
 from rlhfdsl.planning.catalog import Shape
 from rlhfdsl.planning.hardware import Target
@@ -179,11 +178,8 @@ class _Clock:
 
         said: the share of tokens with logits.
         """
-        table = self.shape.vocab * self.shape.embed
-        lookup = 0 if self.causal and self.shape.tied else table
-        left = (1 - said) * table if self.causal else 0
-        held = shards.held(self.shape, self.count, tensor)
-        return 2.0 * (held - lookup - left) + 4.0 * self.shape.layers * self.shape.q_width / tensor * length
+        each = flops.forward(self.shape, self.count, causal=self.causal, tensor=tensor)
+        return each.token + said * each.said + length * each.attended
 
     def score(self, sequences: float, length: float, said: float) -> _Passes:
         """Reading `sequences`: of a joint pass of actor and reference all is the actor's."""

@@ -15,7 +15,7 @@ from rlhfdsl.running.schedule import partial_of, read_result
 
 Json = dict[str, Any]
 # What another run of the same numbers measures anew.
-_TIMED = ("time", "seconds", "tokens_per_second", "generated_per_second", "peak_memory")
+_TIMED = ("time", "seconds", "tokens_per_second", "generated_per_second", "tflop_per_second", "peak_memory")
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,7 +231,7 @@ def _at(place: tuple[str, int]) -> str:
 
 
 def _timed(name: str) -> bool:
-    return name == "time" or name.startswith("seconds") or name.endswith("_per_second") or "memory" in name
+    return name == "time" or name.startswith("seconds") or "_per_second" in name or "memory" in name
 
 
 def _relative(a: Any, b: Any) -> float:

@@ -18,6 +18,7 @@ from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine
 from rlhfdsl.models.loading import load_model, make_scratch, partitioned
 from rlhfdsl.models.tokenizers import generation_settings, load_tokenizer, stop_ids
 from rlhfdsl.planning.checkpoints import pickles
+from rlhfdsl.planning.flops import of_engine
 from rlhfdsl.planning.keys import stamp
 from rlhfdsl.planning.lock import pinned
 
@@ -92,12 +93,17 @@ class Context:
             )
         engine = kind(name, spec, module)
         engine.pulse = self.pulse or engine.pulse
+        engine.flops = of_engine(self.plan, self.stage, name)
         return engine
 
     def reference(self, actor: PolicyEngine) -> PolicyEngine | BasePolicy:
         """The frozen policy `ref` of the plan: an engine of its own, or the actor's base with its adapters off."""
         spec = self.stage["engines"]["ref"]
-        return BasePolicy(spec, actor) if spec["shares"] else self.engine("ref", PolicyEngine)
+        if not spec["shares"]:
+            return self.engine("ref", PolicyEngine)
+        base = BasePolicy(spec, actor)
+        base.flops = of_engine(self.plan, self.stage, "ref")
+        return base
 
     def keeper(self, engines: Mapping[str, Engine], updates: int, carries: Carries | None = None) -> Keeper:
         """The checkpoints of the stage: of the `engines` that train, and of what `carries` has beside them.

@@ -23,12 +23,12 @@ from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import BasePolicy, PolicyEngine
-from rlhfdsl.training import invariants
+from rlhfdsl.training import effort, invariants
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import preference_loss
 from rlhfdsl.training.micro import micro_pairs
 from rlhfdsl.training.reading import Targets, target_statistics
-from rlhfdsl.training.reward import pair_lengths, read_tokens
+from rlhfdsl.training.reward import pair_lengths, read
 
 
 def run(context: Context) -> dict[str, float]:
@@ -65,11 +65,12 @@ def run(context: Context) -> dict[str, float]:
             sums += torch.stack([losses.detach().sum(), (margin > 0).sum(), margin.detach().sum()])
         step = engine.step()
         if (update + 1) % settings["log"] == 0 or update + 1 == updates:
-            seconds = time.perf_counter() - started
+            seconds, lengths = time.perf_counter() - started, effort.tokens_of(read(mine))
+            flops = effort.learning(engine, lengths) + reference.flops("train", lengths)
             loss, accuracy, mean_margin = (distributed.all_sum(sums) / batch).tolist()
             context.report(
                 "update", update=update + 1, of=updates, batch=train.fingerprint(chosen), loss=loss, accuracy=accuracy,
-                margin=mean_margin, **step, tokens_per_second=read_tokens(mine) * world / seconds, seconds=seconds,
+                margin=mean_margin, **step, **effort.speed(lengths, flops, seconds, engine.device),
             )  # fmt: skip
         if held_out and due(settings["eval_every"], update, updates):
             context.report("eval", update=update + 1, of=updates, **evaluate(engine, reference, held_out, context))
@@ -120,6 +121,13 @@ class Reference:
         assert self.engine is not None
         self.engine.eval()
         return log_probs(self.engine, pairs, self.context)
+
+    def flops(self, edge: str, lengths: Tensor) -> Tensor:
+        """What a call for sequences of `lengths` computes: nothing where all pairs were read before."""
+        if edge in self.tables:
+            return torch.zeros((), dtype=torch.float64)
+        assert self.engine is not None
+        return effort.reading(self.engine, lengths)
 
     @torch.no_grad()
     def _table(self, pairs: Sequence[Pair]) -> Tensor:

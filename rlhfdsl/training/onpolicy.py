@@ -25,7 +25,7 @@ from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Rollout, Sampling
-from rlhfdsl.training import invariants, rollouts
+from rlhfdsl.training import effort, invariants, rollouts
 from rlhfdsl.training.advantages import next_kl_coefficient, overlong_penalty
 from rlhfdsl.training.experience import Answers, Experience, Scored, as_answers
 from rlhfdsl.training.handed import check_experience, check_prompts, check_ptx
@@ -159,6 +159,8 @@ class OnPolicy(ABC):
         metrics["seconds_generate"] = generated - started
         metrics["seconds_score"] = time.perf_counter() - generated
         metrics["generated_per_second"] = metrics["answers"] * metrics["length"] / metrics["seconds_generate"]
+        metrics |= effort.rate("generate", self._sampling(experience), metrics["seconds_generate"], self.device)
+        metrics |= effort.rate("score", self._reading(experience), metrics["seconds_score"], self.device)
         self.rollouts += 1
         return experience, metrics
 
@@ -252,6 +254,29 @@ class OnPolicy(ABC):
                 metrics[f"score_{name}" if f"score_{name}" not in metrics else f"score_scorer.{name}"] = mean
         return metrics
 
+    # -- effective FLOP/s ------------------------------------------------------------------------------------------
+
+    def _sampling(self, answers: Answers) -> Tensor:
+        return effort.sampling(self.engines.actor, answers.prompt_lengths.double(), answers.lengths.double())
+
+    def _reading(self, answers: Answers) -> Tensor:
+        engines = self.engines
+        readers = [engines.actor, engines.ref, *(reward.engine for reward in models(engines.reward))]
+        readers += [engines.critic] if engines.critic is not None else []
+        lengths = answers.lengths.double()
+        return sum(effort.reading(engine, lengths, lengths - answers.prompt_lengths) for engine in readers)
+
+    def _learning(self, answers: Answers, ptx: Sequence[Sequence[Example]], actor: bool) -> Tensor:
+        """Of all updates of a rollout."""
+        lengths = answers.lengths.double()
+        said = lengths - answers.prompt_lengths
+        whole = sum(effort.learning(engine, lengths, said) for engine in self.trained(actor))
+        whole = self.settings["update"]["epochs"] * whole
+        if actor and ptx:
+            rows = effort.tokens_of(len(row.ids) for rows in ptx for row in rows)
+            whole = whole + effort.learning(self.engines.actor, rows.to(lengths.device))
+        return whole
+
     # -- learning --------------------------------------------------------------------------------------------------
 
     def train_step(
@@ -278,7 +303,9 @@ class OnPolicy(ABC):
         if actor:  # a coefficient that moves nothing is not moved
             self._steer(experience)
         mean = {key: sum(m[key] for m in history) / len(history) for key in history[0]}
-        return mean | {"seconds_train": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        rate = effort.rate("train", self._learning(experience, ptx, actor), seconds, self.device)
+        return mean | {"seconds_train": seconds} | rate
 
     def _step(self, actor: bool) -> dict[str, float]:
         """One optimizer step of every trained engine.

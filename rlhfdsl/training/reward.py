@@ -17,6 +17,7 @@ from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import ScalarEngine
+from rlhfdsl.training import effort
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import pair_loss
 from rlhfdsl.training.micro import micro_pairs
@@ -47,11 +48,12 @@ def run(context: Context) -> dict[str, float]:
             sums += torch.stack([losses.detach().sum(), (margin > 0).sum(), margin.sum()])
         step = engine.step()
         if (update + 1) % settings["log"] == 0 or update + 1 == updates:
-            seconds = time.perf_counter() - started
+            seconds, lengths = time.perf_counter() - started, effort.tokens_of(read(mine))
             loss, accuracy, margin = (distributed.all_sum(sums) / batch).tolist()
             context.report(
                 "update", update=update + 1, of=updates, batch=train.fingerprint(chosen), loss=loss, accuracy=accuracy,
-                margin=margin, **step, tokens_per_second=read_tokens(mine) * world / seconds, seconds=seconds,
+                margin=margin, **step,
+                **effort.speed(lengths, effort.learning(engine, lengths), seconds, engine.device),
             )  # fmt: skip
         if held_out and due(settings["eval_every"], update, updates):
             context.report("eval", update=update + 1, of=updates, **evaluate(engine, held_out, context))
@@ -84,9 +86,9 @@ def pair_lengths(pair: Pair) -> tuple[int, int]:
     return len(pair.chosen.ids), len(pair.rejected.ids)
 
 
-def read_tokens(pairs: Sequence[Pair]) -> int:
-    """Tokens that a forward pass reads, padding apart."""
-    return sum(sum(pair_lengths(pair)) for pair in pairs)
+def read(pairs: Sequence[Pair]) -> list[int]:
+    """Tokens of each sequence that a forward pass reads, padding apart."""
+    return [tokens for pair in pairs for tokens in pair_lengths(pair)]
 
 
 @torch.no_grad()

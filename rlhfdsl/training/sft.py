@@ -17,6 +17,7 @@ from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
 from rlhfdsl.engines.engine import PolicyEngine
+from rlhfdsl.training import effort
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import token_mean
 from rlhfdsl.training.micro import micro_parts
@@ -49,11 +50,11 @@ def run(context: Context) -> dict[str, float]:
             loss += part.detach()
         step = engine.step()
         if (update + 1) % settings["log"] == 0 or update + 1 == updates:
-            seconds = time.perf_counter() - started
+            seconds, lengths = time.perf_counter() - started, effort.tokens_of(len(row.ids) for row in mine)
             mean_loss = distributed.all_sum(loss).item() / world
             context.report(
                 "update", update=update + 1, of=updates, batch=train.fingerprint(chosen), loss=mean_loss, **step,
-                tokens=int(tokens), tokens_per_second=read_tokens(mine) * world / seconds, seconds=seconds,
+                tokens=int(tokens), **effort.speed(lengths, effort.learning(engine, lengths), seconds, engine.device),
             )  # fmt: skip
         if held_out and due(settings["eval_every"], update, updates):
             context.report("eval", update=update + 1, of=updates, **evaluate(engine, held_out, context))
@@ -74,11 +75,6 @@ def token_loss(engine: PolicyEngine, batch: Batch, tokens: torch.Tensor) -> torc
 def supervised_tokens(rows: Sequence[Example], device: torch.device) -> torch.Tensor:
     """How many tokens of the global batch carry a loss. The first token of a row has no prediction."""
     return distributed.all_sum(torch.tensor(float(sum(sum(row.loss[1:]) for row in rows)), device=device))
-
-
-def read_tokens(rows: Sequence[Example]) -> int:
-    """Tokens that a forward pass reads, padding apart."""
-    return sum(len(row.ids) for row in rows)
 
 
 @torch.no_grad()

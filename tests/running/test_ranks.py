@@ -118,6 +118,23 @@ def test_numbers_equal_those_of_one_rank_at_stage_0(runs, run):
     assert found == pytest.approx(expected, abs=2e-3, rel=2e-3), worst
 
 
+@pytest.mark.parametrize("run", ["1-2", "2-0", "2-3"])
+def test_the_work_of_an_update_is_that_of_one_rank(runs, run):
+    """A rate x its seconds (x the devices, where it is one of each): tokens, and FLOPs by phase."""
+
+    def work(run: str, stage: str) -> list[float]:
+        updates = [e for e in read_metrics(runs / run / stage / "metrics.jsonl") if e["event"] == "update"]
+        if "seconds" in updates[0]:
+            tokens = [e["tokens_per_second"] * e["seconds"] for e in updates]
+            return tokens + [e["tflop_per_second_train"] * e["seconds"] * int(run[0]) for e in updates]
+        phases = ("generate", "score", "train")
+        return [e[f"tflop_per_second_{p}"] * e[f"seconds_{p}"] * int(run[0]) for e in updates for p in phases]
+
+    for stage in ("sft", "reward", "ppo", "adapted", "packed"):
+        expected = work("1-0", stage)
+        assert min(expected) > 0 and work(run, stage) == pytest.approx(expected, rel=1e-6)
+
+
 def test_two_ranks_at_stage_3_sample_from_shards(runs):
     for stage in ("ppo", "adapted"):
         (chosen,) = (e for e in read_metrics(runs / "2-3" / stage / "metrics.jsonl") if e["event"] == "rollout")

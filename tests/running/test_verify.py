@@ -18,7 +18,7 @@ EVENTS = [
     {"event": "eval", "time": 2.0, "update": 0, "of": 3, "eval_loss": 5.0, "eval_rows": 9},
     *(
         {"event": "update", "time": 2.0 + n, "update": n, "of": 3, "loss": 4.0 - n, "tokens": 100 + n, "lr": 1e-3,
-         "tokens_per_second": 7.0, "seconds": 0.5, "seconds_train": 0.2}
+         "tokens_per_second": 7.0, "seconds": 0.5, "seconds_train": 0.2, "tflop_per_second_train": 0.1}
         for n in (1, 2, 3)
     ),
     {"event": "eval", "time": 9.0, "update": 3, "of": 3, "eval_loss": 1.0, "eval_rows": 9},
@@ -31,7 +31,8 @@ def changed(number, **values):
 
 
 def test_times_are_no_difference():
-    now = [event | {"time": event["time"] + 99, "seconds": 8.0, "tokens_per_second": 1.0} for event in EVENTS]
+    timed = {"seconds": 8.0, "tokens_per_second": 1.0, "tflop_per_second_train": 0.3}
+    now = [event | {"time": event["time"] + 99} | timed for event in EVENTS]
     found = compare("stage.sft", EVENTS, now)
     assert (found.level, found.asked, found.first, found.events) == ("metrics", "bits", None, 5)
 
