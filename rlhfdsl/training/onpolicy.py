@@ -228,11 +228,12 @@ class OnPolicy(ABC):
         gap = (experience.rollout_log_probs - experience.log_probs).abs() * mask
         clip = self.settings["reward"]["clip"]
         clipped = experience.scores.abs() > (math.inf if clip is None else clip)
-        per_answer = torch.stack([
-            torch.ones_like(experience.scores), experience.scores, experience.scores.square(), kl.sum(1),
-            mask.sum(1).float(), experience.ended.float(), clipped.float(), gap.sum(1), experience.rewards.sum(1),
-        ])  # fmt: skip
-        sums = all_sum(per_answer.double().sum(1)).tolist()
+        scores = experience.scores.double()  # of large ones that differ little, fp32 squares would hide the deviation
+        per_answer = [
+            torch.ones_like(scores), scores, scores.square(), kl.sum(1), mask.sum(1), experience.ended, clipped,
+            gap.sum(1), experience.rewards.sum(1),
+        ]  # fmt: skip
+        sums = all_sum(torch.stack([each.double().sum() for each in per_answer])).tolist()
         count, score, square, kl_sum, tokens, ended, clips, parity, reward = sums
         metrics = {
             "answers": count,

@@ -237,6 +237,16 @@ def test_frozen_engines_that_rest_change_nothing(source, other_source):
         assert {name: rested[name] for name in same} == pytest.approx(same, rel=0, abs=0, nan_ok=True)
 
 
+def test_a_reward_model_is_normalised_by_what_it_was_saved_with(source, other_source):
+    experience, _ = trainer(source, other_source).generate_experience(prompts(), [0, 1, 2, 3])
+    judge = engine(ScalarEngine, source, spec("reward", trains=False, micro=3), seed=12)
+    torch.testing.assert_close(ModelReward(judge, longest=28)(experience), experience.scores)
+    judge.module.config.reward_mean, judge.module.config.reward_std = 0.25, 2.0
+    found = [ModelReward(judge, longest=28, normalize=normalize)(experience) for normalize in (False, True)]
+    torch.testing.assert_close(found[0], experience.scores - 0.25)
+    torch.testing.assert_close(found[1], (experience.scores - 0.25) / 2)
+
+
 def test_micro_size_does_not_change_the_update(source, other_source):
     results = []
     for micro in (1, 4):

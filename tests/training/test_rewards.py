@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -166,18 +167,37 @@ def test_an_endpoint_that_is_not_there():
         ask("http://127.0.0.1:1/score")
 
 
+def scored(*scores, terms=None):
+    """An experience of as many answers of one token."""
+    zeros = torch.zeros(len(scores), 1)
+    return Experience(
+        **vars(answers(*"a" * len(scores))), log_probs=zeros, ref_log_probs=zeros, scores=torch.tensor(scores),
+        score_terms=terms, rewards=zeros, advantages=zeros,
+    )  # fmt: skip
+
+
+def trainer(reward=None, **settings):
+    return SimpleNamespace(settings={"reward": settings}, kl_coefficient=0.1, engines=SimpleNamespace(reward=reward))
+
+
+def test_the_clip_comes_before_what_is_added_for_an_answer_without_an_end():
+    four = replace(scored(9.0, -9.0, 2.0, -9.0), ended=torch.tensor([True, True, False, False]))
+    assert OnPolicy.shaped(trainer(clip=5.0, missing_eos=-1.0), four).tolist() == [5.0, -5.0, 2.0 - 1, -5.0 - 1]
+    assert OnPolicy.shaped(trainer(clip=None, missing_eos=0.0), four).tolist() == [9.0, -9.0, 2.0, -9.0]
+
+
+def test_the_deviation_of_large_scores_that_differ_little():
+    # fp32 numbers near 10 000 are 0.001 apart, and their squares 8.
+    metrics = OnPolicy.rollout_metrics(trainer(clip=None), scored(10_000.0, 10_000.25))
+    assert metrics["score_std"] == pytest.approx(0.125, rel=1e-4)
+    assert OnPolicy.rollout_metrics(trainer(clip=None), scored(*[4.7] * 3))["score_std"] < 1e-6
+
+
 def test_a_term_never_takes_the_name_of_another_metric():
     nothing = TextReward("nothing", lambda prompts, texts: [0.0] * len(texts), decode)
     terms = Weighted([("model", 1.0, nothing), ("std", 1.0, nothing), ("model", 1.0, nothing), ("own", 1.0, nothing)])
-    zeros = torch.zeros(2, 3)
-    experience = Experience(
-        **vars(answers("abc", "abd")), log_probs=zeros, ref_log_probs=zeros, scores=torch.tensor([8.0, 12.0]),
-        score_terms=torch.tensor([[1.0, 2.0, 3.0, 2.0], [3.0, 4.0, 5.0, 0.0]]), rewards=zeros, advantages=zeros,
-    )  # fmt: skip
-    trainer = SimpleNamespace(
-        settings={"reward": {"clip": None}}, kl_coefficient=0.1, engines=SimpleNamespace(reward=terms)
-    )
-    metrics = OnPolicy.rollout_metrics(trainer, experience)
+    experience = scored(8.0, 12.0, terms=torch.tensor([[1.0, 2.0, 3.0, 2.0], [3.0, 4.0, 5.0, 0.0]]))
+    metrics = OnPolicy.rollout_metrics(trainer(terms, clip=None), experience)
     assert (metrics["score"], metrics["score_std"]) == (10.0, 2.0)
     # the means of the four columns
     assert (metrics["score_model"], metrics["score_scorer.std"], metrics["score_scorer.model"]) == (2.0, 3.0, 4.0)
