@@ -14,6 +14,7 @@ happens when. Started by DeepSpeed's launcher or torchrun, every rank runs the s
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -33,11 +34,14 @@ from rlhfdsl.planning.places import make_output
 from rlhfdsl.training import grpo, loop, ppo, rloo
 from rlhfdsl.training.context import Context
 from rlhfdsl.training.evaluation import answer, summary
+from rlhfdsl.training.gate import pass_gate
 from rlhfdsl.training.handed import check_engine, check_name, check_reward, refuse
 from rlhfdsl.training.onpolicy import Engines, OnPolicy
 from rlhfdsl.training.rewards import Function, TextReward
 
 __all__ = ["Engines", "OnPolicy", "Stage", "open_stage"]
+
+logger = logging.getLogger(__name__)
 
 TRAINERS: dict[str, type[OnPolicy]] = {"ppo": ppo.Trainer, "grpo": grpo.Trainer, "rloo": rloo.Trainer}
 
@@ -92,6 +96,7 @@ class Stage:
 
     def __init__(self, context: Context):
         self.context = context
+        self._read: dict[str, Sequence[Any]] = {}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,15 +114,25 @@ class Stage:
         return loop.make_engines(self.context)
 
     def trainer(self, engines: Engines | None = None) -> OnPolicy:
-        """The stage's algorithm over `engines` (left out, those of the recipe). Raises UserError if one lacks."""
+        """The stage's algorithm over `engines` (left out, those of the recipe).
+
+        As in a run the actor's rollout engine has to pass the parity gate, or `generate` takes its place; the actor's
+        `rollout_reason` says why. Every rank calls it. Raises UserError for an engine that lacks, and E0783 where the
+        recipe says `on_mismatch = stop`.
+        """
         engines = engines or self.engines
         if self.context.stage["kind"] == "ppo" and engines.critic is None:
             refuse("PPO has no critic", "`stage.engines.critic` is the one of the recipe; GRPO and RLOO learn without")
         check_reward(engines.reward)
-        return TRAINERS[self.context.stage["kind"]](
+        trainer = TRAINERS[self.context.stage["kind"]](
             engines, self.settings, at_once=self.context.stage["batch"]["generate_per_rank"],
             stop_ids=self.context.stop_ids, pad_id=self.context.pad_id, seed=self.context.seed,
         )  # fmt: skip
+        rows = self._rows("train")
+        found = pass_gate(trainer, rows[distributed.rank() :: distributed.world()] or rows)
+        if "refused" in found and distributed.rank() == 0:
+            logger.warning("rollout by %s: %s", found["engine"], found["reason"])
+        return trainer
 
     def reward(self, function: Function, name: str | None = None) -> TextReward:
         """A reward from a function of two lists of text, prompts and answers, to a number for each answer."""
@@ -130,19 +145,25 @@ class Stage:
 
     def prompts(self, rollout: int) -> tuple[list[Prompt], list[int]]:
         """This rank's prompts of a rollout, and their numbers in the global batch, in the order of a run."""
-        rows, count = self.context.rows("train"), self.context.stage["batch"]["prompts"]
+        rows, count = self._rows("train"), self.context.stage["batch"]["prompts"]
         chosen = batch_rows(len(rows), count, rollout, self.context.seed, self.context.shuffles("train"))
         numbers = list(range(distributed.rank(), count, distributed.world()))
         return [rows[chosen[number]] for number in numbers], numbers
 
     def pretraining(self, rollout: int) -> list[list[Example]]:
         """This rank's pretraining rows for each update of a rollout, for `train_step`; [] without `ptx`."""
-        rows = self.context.rows("ptx")
+        rows = self._rows("ptx")
         return loop.ptx_rows(self.context, rows, rollout) if rows else []
+
+    def _rows(self, edge: str) -> Sequence[Any]:
+        """The rows of an edge, which are rendered and tokenised once."""
+        if edge not in self._read:
+            self._read[edge] = self.context.rows(edge)
+        return self._read[edge]
 
     def evaluate(self, trainer: OnPolicy) -> dict[str, float]:
         """Score, KL and length of one answer to each held-out prompt, with the same noise at every call."""
-        held_out = self.context.rows("eval")
+        held_out = self._rows("eval")
         return summary(answer(trainer, held_out)) if held_out else {}
 
     def save(self, engine: Engine, name: str) -> Path:

@@ -11,7 +11,6 @@ from rlhfdsl.data.edge import Example
 from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
-from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.training.context import Context, due
@@ -59,9 +58,6 @@ def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
         engines, settings, at_once=batch["generate_per_rank"],
         stop_ids=context.stop_ids, pad_id=context.pad_id, seed=context.seed,
     )  # fmt: skip
-    decay = engines.actor.spec["ema"]
-    if decay is not None:
-        trainer.average = MovingAverage(engines.actor, decay)
     prompts, held_out, texts = context.rows("train"), context.rows("eval"), context.rows("ptx")
     world, rank = distributed.world(), distributed.rank()
     warmup = settings["critic"]["warmup_rollouts"] if engines.critic is not None else 0

@@ -49,7 +49,8 @@ class OnPolicy(ABC):
     """A loop over a set of engines: `generate_experience`, then `train_step`, once for each rollout.
 
     settings: the `settings` of the stage in the plan. at_once: sequences that one rank samples at a time (what its
-    KV cache has room for). stop_ids end an answer; pad_id fills rows and decides nothing.
+    KV cache has room for). stop_ids end an answer; pad_id fills rows and decides nothing. average: of the actor's
+    weights, where its plan has `ema`.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class OnPolicy(ABC):
         self.device = engines.actor.device
         self.kl_coefficient: float = settings["kl"]["coef"]
         self.rollouts = 0
-        self.average: MovingAverage | None = None
+        decay = engines.actor.spec["ema"]
+        self.average = MovingAverage(engines.actor, decay) if decay is not None else None
         self.before: dict[str, Any] | None = None  # what the policy answered before the first update
 
     # -- checkpoints -----------------------------------------------------------------------------------------------

@@ -8,10 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small import one_rank
 
 from rlhfdsl.api import open_stage
+from rlhfdsl.data.edge import load_edge
+from rlhfdsl.engines.rollout.cache import RowLayer
 from rlhfdsl.language import UserError
+from rlhfdsl.training import context
 
 FOLDER = Path(__file__).parents[2] / "examples" / "own-loop"
 
@@ -116,3 +120,42 @@ def refused(message: str, call: Callable, *arguments: object) -> None:
     with pytest.raises(UserError, match=message) as raised:
         call(*arguments)
     assert raised.value.code == "E0784"
+
+
+@pytest.fixture
+def wrong_position(monkeypatch):
+    """Each token of the captured step's cache overwrites the one before it."""
+    right = RowLayer.decode
+    monkeypatch.setattr(RowLayer, "decode", lambda layer, write: right(layer, (write - 1).clamp(min=0)))
+
+
+def test_a_wrong_rollout_engine_is_replaced_as_in_a_run(folder, wrong_position, caplog):
+    stage = open_stage(folder / "own.rlhf", "stage.ppo", sets=["stage.ppo.rollout.engine=graph"], output="out")
+    trainer = stage.trainer()
+    assert trainer.engines.actor.sampler.name == "eager"
+    assert "`graph` does not sample from the policy that is trained" in trainer.engines.actor.rollout_reason
+    assert [record.getMessage() for record in caplog.records if record.name == "rlhfdsl.api"] == [
+        f"rollout by eager: {trainer.engines.actor.rollout_reason}"
+    ]
+
+
+def test_the_average_of_the_recipe_follows_the_actor(folder):
+    sets = ["stage.ppo.actor.ema=0.75", "stage.ppo.update.epochs=1"]
+    stage = open_stage(folder / "own.rlhf", "stage.ppo", sets=sets, output="out")
+    trainer = stage.trainer()
+    weight = next(trainer.engines.actor.module.parameters())
+    start = weight.detach().clone()
+    experience, _ = trainer.generate_experience(*stage.prompts(0))
+    trainer.train_step(experience)  # one update
+    expected = 0.75 * start + 0.25 * weight.detach()
+    assert not torch.allclose(start, weight, atol=1e-4)
+    trainer.average.write()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_the_data_is_read_once(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(context, "load_edge", lambda *edge: read.append(edge) or load_edge(*edge))
+    stage = open_stage(folder / "own.rlhf", "stage.ppo", output="out")
+    both = stage.prompts(0), stage.prompts(1)
+    assert len(read) == 1 and both[0] != both[1]
