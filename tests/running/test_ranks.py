@@ -28,7 +28,7 @@ stage ppo adapted {
     lora { rank = 4, alpha = 8 }
   }
   critic {
-    model = stage.reward, lr = 1e-3, parallel = parallel.shard
+    model = stage.reward, lr = 1e-3, parallel = parallel.shard, warmup_rollouts = 1
     lora { rank = 2, targets = attention, lr = 1e-2 }
   }
   reward { model = stage.reward }
@@ -139,6 +139,13 @@ def test_two_ranks_at_stage_3_sample_from_shards(runs):
     for stage in ("ppo", "adapted"):
         (chosen,) = (e for e in read_metrics(runs / "2-3" / stage / "metrics.jsonl") if e["event"] == "rollout")
         assert chosen["engine"] == "graph" and "in 2 shards" in chosen["reason"]
+
+
+@pytest.mark.parametrize("run", ["1-0", "2-0", "2-3"])
+def test_the_critic_learns_alone_for_one_rollout(runs, run):
+    updates = [e for e in read_metrics(runs / run / "adapted" / "metrics.jsonl") if e["event"] == "update"]
+    assert ["policy_loss" in update for update in updates] == [False, True, True]
+    assert all(update["value_loss"] > 0 for update in updates)
 
 
 ARTIFACTS = (

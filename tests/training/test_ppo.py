@@ -164,8 +164,9 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
     fast = trainer(source, other_source, chosen)
     experience, _ = fast.generate_experience(prompts(), [0, 1, 2, 3])
     slow = Slow(source, other_source, fast)
-    ptx = [Example(ids=[3, 1, 4, 1, 5], loss=[True] * 5), Example(ids=[9, 2, 6], loss=[True] * 3)]
-    metrics = fast.train_step(experience, [ptx, ptx] if chosen["ptx"] else ())
+    texts = [([3, 1, 4, 1, 5], [9, 2, 6]), ([5, 3, 5], [8, 9, 7, 9])]  # of either update
+    ptx = [[Example(ids=ids, loss=[True] * len(ids)) for ids in rows] for rows in texts]
+    metrics = fast.train_step(experience, ptx if chosen["ptx"] else ())
 
     update, kl = chosen["update"], chosen["kl"]
     optimizers = [
@@ -174,7 +175,7 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
     ]
     tokens = int(experience.mask.sum())
     sums = Counter()  # of all tokens of both updates
-    for _ in range(2):
+    for rows in texts:
         policy_sum, value_sum = 0.0, 0.0
         for i, prompt in enumerate(PROMPTS):
             sequence = experience.ids[i, : experience.lengths[i]].tolist()
@@ -204,8 +205,8 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
                 sums.update(value_loss=error.item(), value_clipped=int(error > (values[t] - target) ** 2))
         loss = policy_sum / tokens
         if chosen["ptx"]:
-            nll = -sum(slow.log_probs(slow.actor, row.ids, 1).sum() for row in ptx)
-            loss = loss + chosen["ptx"]["weight"] * nll / 6  # 4 + 2 predicted tokens
+            nll = -sum(slow.log_probs(slow.actor, ids, 1).sum() for ids in rows)
+            loss = loss + chosen["ptx"]["weight"] * nll / sum(len(ids) - 1 for ids in rows)
         for optimizer, part in zip(optimizers, (loss, value_sum / tokens), strict=True):
             optimizer.zero_grad()
             part.backward()
