@@ -66,6 +66,25 @@ def test_update_equals_plain_adamw_however_the_batch_is_cut(source, zero):
     torch.testing.assert_close(weights(policy.module), weights(plain), atol=2e-6, rtol=1e-5)
 
 
+def test_every_update_has_the_rate_of_its_schedule(source):
+    # Half of the peak in the warm-up, the peak, and half way down to 0 after the third update.
+    rates, ids, tokens = [5e-3, 1e-2, 5e-3], some_ids(), (LENGTHS - 1).sum()
+    schedule = {"kind": "linear", "lr": 1e-2, "warmup": 1, "updates": 3}
+    policy = engine(PolicyEngine, source, spec(lr=1e-2) | {"schedule": schedule})
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    for rate in rates:
+        policy.backward(nll(policy, ids, LENGTHS, slice(0, 4), tokens))
+        assert policy.step()["lr"] == pytest.approx(rate)
+        log_probs = plain(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        (-(log_probs * length_mask(LENGTHS, 12)[:, 1:]).sum() / tokens).backward()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.cat([parameter.detach().flatten() for parameter in plain.parameters()])
+    torch.testing.assert_close(weights(policy.module), expected, atol=1e-4, rtol=1e-3)
+
+
 def test_gradients_in_bf16_are_summed_in_fp32_clipped_by_the_norm_of_all_and_freed(source):
     ids, tokens = some_ids(), (LENGTHS - 1).sum()
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
