@@ -125,12 +125,35 @@ def dropout(blocks: Blocks) -> Found:
 
 
 def normalize(blocks: Blocks) -> Found:
-    """A reward model is shifted by its mean over the eval part, so there has to be one."""
+    """A reward model is shifted by its mean over the eval part and scaled by its deviation there, so it needs one."""
     for stage in (block for block in blocks.values() if block.type == "stage.reward"):
         if stage.written("normalize") and stage["normalize"] is True and not stage.written("eval"):
             message = "`normalize` has no effect without `eval`: the mean is that of the eval part"
             help = "write for example `eval = blend.chat.eval`"
             yield Diagnostic("E0311", "error", message, stage.setting("normalize").name, help=help)
+    for stage in on_policy(blocks):
+        reward = stage.blocks.get("reward")
+        if reward is None or reward["normalize"] is not True or not reward.written("normalize"):
+            continue
+        for judge in _judges(blocks, reward):
+            if judge.type == "stage.reward" and not judge.written("eval"):
+                message = f"`normalize` has no effect: `{judge.address}` has no `eval` to measure its deviation on"
+                help = f"write for example `eval = blend.chat.eval` in `{judge.address}`"
+                span = reward.setting("normalize").name
+                yield Diagnostic("E0311", "error", message, span, help=help)
+                break
+
+
+def _judges(blocks: Blocks, reward: Block) -> Iterator[Block]:
+    """The blocks of the reward models that score a stage."""
+    added = reward.blocks.get("add")
+    scorers = [blocks.get(f"scorer.{name}") for name in (added.settings if added is not None else ())]
+    if isinstance(reward["call"], Reference):
+        scorers.append(blocks.get(reward["call"].address))
+    for named in (reward, *scorers):
+        model = named["model"] if named is not None else None
+        if isinstance(model, Reference) and model.address in blocks:
+            yield blocks[model.address]
 
 
 def whole_sources(blocks: Blocks) -> Found:

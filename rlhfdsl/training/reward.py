@@ -63,7 +63,7 @@ def run(context: Context) -> dict[str, float]:
     context.report("eval", update=updates, of=updates, **result)
     statistics = {
         "reward_mean": result.get("eval_reward_mean", 0.0) if settings["normalize"] else 0.0,
-        "reward_std": result.get("eval_reward_std", 1.0),
+        "reward_std": result.get("eval_reward_std", 0.0),  # not measured
     }
     save_model(
         engine, context.tokenizer, context.artifact("reward"), stop_ids=context.stop_ids, extra=statistics

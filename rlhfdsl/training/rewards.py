@@ -43,14 +43,21 @@ class ModelReward:
     """A frozen reward model, read at the last real token.
 
     longest: tokens of a row at which the engine's micro batch was sized. The mean that the model was saved with is
-    taken off; with `normalize` the rest is divided by the deviation it was saved with.
+    taken off; with `normalize` the rest is divided by the deviation it was saved with. Raises UserError E0311 where it
+    was saved with none, or with 0.
     """
 
     def __init__(self, engine: ScalarEngine, *, longest: int, normalize: bool = False):
         self.engine, self.longest = engine, longest
         config = engine.module.config
         self.mean = float(getattr(config, "reward_mean", 0.0))
-        self.deviation = float(getattr(config, "reward_std", 1.0)) if normalize else 1.0
+        self.deviation = float(getattr(config, "reward_std", 0.0)) if normalize else 1.0
+        if not self.deviation > 0:
+            raise UserError(
+                "E0311", f"`normalize` has no effect: `{engine.spec['base']}` was saved with no deviation of scores",
+                at=engine.spec["base"],
+                help="a `stage reward` with `eval` measures it; without one leave `normalize` out",
+            )  # fmt: skip
 
     def __call__(self, answers: Answers) -> Tensor:
         self.engine.eval()

@@ -242,6 +242,9 @@ def test_a_reward_model_is_normalised_by_what_it_was_saved_with(source, other_so
     experience, _ = trainer(source, other_source).generate_experience(prompts(), [0, 1, 2, 3])
     judge = engine(ScalarEngine, source, spec("reward", trains=False, micro=3), seed=12)
     torch.testing.assert_close(ModelReward(judge, longest=28)(experience), experience.scores)
+    with pytest.raises(UserError, match="was saved with no deviation of scores") as raised:
+        ModelReward(judge, longest=28, normalize=True)
+    assert raised.value.code == "E0311" and raised.value.at == "model.small"
     judge.module.config.reward_mean, judge.module.config.reward_std = 0.25, 2.0
     found = [ModelReward(judge, longest=28, normalize=normalize)(experience) for normalize in (False, True)]
     torch.testing.assert_close(found[0], experience.scores - 0.25)
