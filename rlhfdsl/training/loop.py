@@ -99,7 +99,11 @@ def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
     context.report("eval", update=batch["rollouts"], of=batch["rollouts"], **result)
     save_model(engines.actor, context.tokenizer, context.artifact("policy"), stop_ids=context.stop_ids)
     if engines.critic is not None:
-        save_model(engines.critic, context.tokenizer, context.artifact("critic"), stop_ids=context.stop_ids)
+        # What it gives are values: mean and deviation of the scores that it began with are not theirs.
+        plain = {"reward_mean": 0.0, "reward_std": 0.0}
+        save_model(
+            engines.critic, context.tokenizer, context.artifact("critic"), stop_ids=context.stop_ids, extra=plain
+        )
     if trainer.average is not None:
         trainer.average.write()
         if before:

@@ -12,7 +12,7 @@ import pytest
 from command import rlhf
 from frozen import held, measured
 from pipeline import RECIPE, SFT_ONLY, plan, write_recipe
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhfdsl.language import UserError
 from rlhfdsl.planning.keys import keys
@@ -100,7 +100,9 @@ def test_models_load_in_plain_transformers(finished):
         )
         assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 4
     reward = AutoModelForSequenceClassification.from_pretrained(folder / "runs/small/reward/model")
-    assert reward.config.num_labels == 1 and reward.config.reward_std > 0
+    assert reward.config.num_labels == 1 and reward.config.reward_std > 0 and reward.config.reward_mean != 0
+    critic = AutoConfig.from_pretrained(folder / "runs/small/ppo/critic")
+    assert (critic.reward_mean, critic.reward_std) == (0, 0)  # of the reward model that it began as
 
 
 def test_a_second_run_is_cached_and_a_saved_plan_runs_its_changed_stage_alone(finished, monkeypatch, capsys):
