@@ -1,7 +1,8 @@
 """A three-stage recipe that takes seconds, and a way to run its stages in this process.
 
 As a script (`pipeline.py FOLDER GPUS ZERO…`) it runs the pipeline once for each ZeRO stage on the ranks that started
-it, so that one launch of two ranks serves every comparison. At stage 3 two ranks sample from shards of one copy.
+it, so that one launch of two ranks serves every comparison. At stage 3 two ranks sample from shards of one copy. Rows
+run without their padding there.
 """
 
 from __future__ import annotations
@@ -125,6 +126,9 @@ if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     folder, gpus, *stages = Path(arguments[0]), int(arguments[1]), *arguments[2:]
     os.chdir(folder)
+    from rlhfdsl.engines import passes
+
+    passes.SPREAD = 0.0  # so that models as small as these run without padding too, other than on one rank
     for zero in stages:
         sets, output = [f"parallel.shard.zero={zero}"], f"runs/{gpus}-{zero}"
         if zero == "3":

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rlhfdsl.engines import gradients, norms, passes
+from rlhfdsl.engines.passes import PassCost
 from rlhfdsl.engines.resting import Resting
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.language.diagnostics import UserError
@@ -29,9 +30,6 @@ from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, LAYER_FORWARD
 LAUNCHED = {
     device: (1 + BACKWARD_LAUNCHES) * LAYER_FORWARD * flops / 6 for device, flops in (("cuda", 4e14), ("cpu", 5e10))
 }
-# Of a real token, what padding costs in a packed pass, where attention alone sees it: queries, keys, values and its
-# output are about a quarter of what a layer keeps for the backward pass.
-ATTENDED = 0.25
 # Relative distance between a packed pass and a padded one: rounding, and far below what another row's tokens would do.
 PACKED_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 
@@ -69,10 +67,9 @@ class Engine(ABC):
             self.deepspeed.eval()
         layers = self.module.config.get_text_config().num_hidden_layers
         count = parameter_count(self.module)
-        # tokens that take as long as what a pass costs beside its tokens
-        self.pass_tokens: float = layers * LAUNCHED[self.device.type] / count
         self.resting = Resting(self.module) if spec["offload"] == "idle" else None
-        self.packs = self.rows is not None and spec["packing"] and self._packs_right()
+        packs = self.rows is not None and spec["packing"] and self._packs_right()
+        self.cost = PassCost(layers * LAUNCHED[self.device.type] / count, packs)
         self.rest()
 
     def rest(self) -> None:
@@ -88,11 +85,6 @@ class Engine(ABC):
     @property
     def module(self) -> nn.Module:
         return self.deepspeed.module
-
-    @property
-    def padding(self) -> float:
-        """What a token of padding takes, of a real one."""
-        return ATTENDED if self.packs else 1.0
 
     @property
     def partitioned(self) -> bool:
@@ -116,7 +108,7 @@ class Engine(ABC):
         total: tokens of the rows, where the caller knows it.
         """
         found = None
-        if self.packs and total is not None and total < len(lengths) * width:
+        if total is not None and self.cost.packed(total, len(lengths) * width):
             found = Packing.of(lengths, width, total)
         if self.rows is not None:
             self.rows.packing = found
@@ -128,7 +120,7 @@ class Engine(ABC):
 
         Where a row's tokens reached another's through anything but attention, a convolution or a state, it would not.
         """
-        self.packs = True
+        self.cost = PassCost(0.0, True)
         self.deepspeed.eval()
         lengths = torch.tensor([5, 1, 3], device=self.device)
         ids = torch.arange(15, device=self.device).view(3, 5) % 7 + 1
@@ -274,7 +266,7 @@ class BasePolicy:
         self.spec = spec
         self.engine = engine
         self.micro: int = spec["micro"]
-        self.pass_tokens, self.padding = engine.pass_tokens, engine.padding
+        self.cost = engine.cost
         self.flops: Forward = UNKNOWN
         self.layers = lora_layers(engine.module)
 

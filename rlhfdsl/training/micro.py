@@ -9,11 +9,13 @@ is meant.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from rlhfdsl.engines import distributed
+from rlhfdsl.engines.passes import PassCost
 
 
 class Reader(Protocol):
@@ -21,21 +23,16 @@ class Reader(Protocol):
 
     micro: int
 
-    @property
-    def pass_tokens(self) -> float: ...
-
-    @property
-    def padding(self) -> float: ...
+    cost: PassCost
 
 
 def by_length(
-    lengths: Sequence[int], room: int, beside: float, padding: float = 1.0, real: Sequence[float] | None = None
+    lengths: Sequence[int], room: int, cost: PassCost, real: Sequence[float] | None = None
 ) -> list[list[int]]:
     """Row numbers in micro batches, the longest rows first: the cut that costs least.
 
-    room: tokens of a micro batch; a longer row is alone. beside: tokens that take as long as what a pass costs beside
-    its tokens. padding: what a token of it takes, of a real one. real: tokens of a row where it has padding by itself,
-    as a pair of unequal sequences. The cost of the longest k rows is the least over the last micro batch among them.
+    room: tokens of a micro batch; a longer row is alone. real: tokens of a row where it has padding by itself, as a
+    pair of unequal sequences. The cost of the longest k rows is the least over the last micro batch among them.
     """
     real = lengths if real is None else real
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
@@ -45,12 +42,14 @@ def by_length(
         own = 0.0
         for start in range(end - 1, -1, -1):
             own += real[rows[start]]
-            tokens = own + padding * ((end - start) * lengths[rows[start]] - own)
-            if tokens > room and start < end - 1:
-                break  # wider and more rows from here on
-            costs.append((least[start] + tokens + beside, start))
-        cost, start = min(costs)
-        least.append(cost)
+            padded = (end - start) * lengths[rows[start]]
+            if start < end - 1 and cost.tokens(own, padded) > room:
+                if own > room or not cost.packs:
+                    break  # wider and more rows from here on
+                continue  # which have room once they are packed, maybe
+            costs.append((least[start] + cost.whole(own, padded), start))
+        taken, start = min(costs)
+        least.append(taken)
         begins.append(start)
     parts: list[list[int]] = []
     end = len(rows)
@@ -81,7 +80,7 @@ def micro_parts(
     size = size or len(lengths)
     room = engine.micro * longest
     cut = [
-        by_length(lengths[start : start + size], room, engine.pass_tokens, engine.padding)
+        by_length(lengths[start : start + size], room, engine.cost)
         for start in range(0, len(lengths), size)
     ]
     return _on_every_rank(cut, size)
@@ -90,7 +89,8 @@ def micro_parts(
 def micro_pairs(lengths: Sequence[tuple[int, int]], engine: Reader, longest: int) -> list[torch.Tensor]:
     """As `micro_parts` of one minibatch whose rows are pairs of sequences, read together and padded to the longer."""
     longer, mean = [max(pair) for pair in lengths], [sum(pair) / 2 for pair in lengths]
-    cut = by_length(longer, engine.micro * longest, engine.pass_tokens / 2, engine.padding, mean)
+    of_one = replace(engine.cost, launches=engine.cost.launches / 2)
+    cut = by_length(longer, engine.micro * longest, of_one, mean)
     return _on_every_rank([cut], len(lengths))[0]
 
 

@@ -7,6 +7,7 @@ from small import engine, scratch, spec
 
 from rlhfdsl.engines import passes
 from rlhfdsl.engines.engine import BasePolicy, BesideBase, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.passes import PassCost
 from rlhfdsl.models.inputs import forward_inputs, length_mask, packed_inputs
 from rlhfdsl.models.packing import Packing
 from rlhfdsl.training.losses import token_mean
@@ -16,6 +17,7 @@ LENGTHS = torch.tensor([19, 3, 11, 1])
 TOTAL = 34
 IDS = torch.randint(0, 250, (4, 19), generator=torch.Generator().manual_seed(0))
 REAL = length_mask(LENGTHS, 19)
+READY = PassCost(0.0, True)  # however few the tokens are
 PADDED_TYPES = {"gemma2", "bloom", "falcon", "gptj", "gpt_neo", "mpt"}  # which attend otherwise than by their interface
 
 
@@ -67,7 +69,8 @@ def test_an_update_is_that_of_padded_rows(tmp_path, zero, checkpointing):
     source, ends = scratch(tmp_path / "small"), []
     for total in (None, TOTAL):
         actor = engine(PolicyEngine, source, spec(zero=zero, checkpointing=checkpointing, lr=1e-2))
-        assert actor.packs and actor.padding < 1
+        assert actor.cost.packs
+        actor.cost = READY
         read = []
         handle = actor.module.model.embed_tokens.register_forward_hook(lambda _, __, out, read=read: read.append(out))
         first = losses(actor, total)
@@ -85,6 +88,7 @@ def test_scalars_are_those_of_padded_rows(tmp_path, zero):
     source, ends = scratch(tmp_path / "small"), []
     for total in (None, TOTAL):
         critic = engine(ScalarEngine, source, spec("critic", zero=zero, lr=1e-2))
+        critic.cost = READY
         for _ in range(2):
             critic.train()
             values = critic.scalars(IDS, LENGTHS, total)
@@ -97,6 +101,7 @@ def test_scalars_are_those_of_padded_rows(tmp_path, zero):
 @pytest.mark.parametrize("zero", [0, 3])
 def test_a_base_is_read_packed_as_padded(zero):
     actor = tiny("llama", zero=zero, lr=0.1, lora=LORA)
+    actor.cost = READY
     losses(actor, TOTAL)
     actor.step()
     actor.eval()
@@ -115,6 +120,7 @@ def test_a_base_is_read_packed_as_padded(zero):
 
 def test_rows_of_one_length_and_rows_of_no_target_are_read_as_they_are(tmp_path):
     actor = engine(PolicyEngine, scratch(tmp_path / "small"), spec())
+    actor.cost = READY
     full = torch.full((4,), 19)
     assert actor.packing(full, 19, 76) is None and actor.packing(LENGTHS, 19, None) is None
     assert actor.packing(LENGTHS, 19, TOTAL) is not None
@@ -133,10 +139,10 @@ def test_a_model_in_which_rows_meet_outside_attention_is_read_with_its_padding(t
             return super()._packs_right()
 
     actor = engine(Looks, scratch(tmp_path / "small"), spec())
-    assert not actor.packs and actor.padding == 1.0 and "read with their padding" in caplog.text
+    assert not actor.cost.packs and "read with their padding" in caplog.text
     assert actor.packing(LENGTHS, 19, TOTAL) is None
 
 
 def test_a_recipe_can_say_no(tmp_path):
     actor = engine(PolicyEngine, scratch(tmp_path / "small"), spec() | {"packing": False})
-    assert not actor.packs and actor.packing(LENGTHS, 19, TOTAL) is None
+    assert not actor.cost.packs and actor.packing(LENGTHS, 19, TOTAL) is None

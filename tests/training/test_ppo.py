@@ -10,6 +10,7 @@ from small import engine, scratch, spec
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.data.edge import Example, Prompt
+from rlhfdsl.engines import passes
 from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
@@ -111,6 +112,13 @@ class Slow:
         return rows
 
 
+@pytest.fixture(params=[passes.SPREAD, 0.0], ids=["padded", "packed"])
+def spread(request, monkeypatch):
+    """Whether models as small as these run without their padding: in earnest theirs is worth less than the launches."""
+    monkeypatch.setattr(passes, "SPREAD", request.param)
+
+
+@pytest.mark.usefixtures("spread")
 def test_experience_equals_the_slow_version(source, other_source):
     fast = trainer(source, other_source)
     experience, metrics = fast.generate_experience(prompts(), [0, 1, 2, 3])
@@ -148,6 +156,7 @@ def test_experience_equals_the_slow_version(source, other_source):
     assert any(score < -0.5 for score in raw) and any(score > -0.5 for score in raw)
 
 
+@pytest.mark.usefixtures("spread")
 @pytest.mark.parametrize(
     "changes",
     [
