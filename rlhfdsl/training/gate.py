@@ -1,8 +1,8 @@
 """The parity gate of a stage that learns from its own answers, before anything is measured or learned.
 
 A few answers are sampled by the actor's rollout engine and read twice more: by the training forward, which scores every
-answer of the run, and by `generate`. An engine whose log-probabilities are further from the scores than `generate`'s
-is not used.
+answer of the run, and by `generate`. An engine whose log-probabilities are further from the scores than `generate`'s,
+or whose tokens are not those that `generate` draws by the same noise, is not used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def pass_gate(trainer: OnPolicy, prompts: Sequence[Prompt]) -> dict[str, Any]:
         return _refuse(trainer, f"cannot sample here: {failure or 'so another rank says'}", {})
     found = _compare(trainer, sampled)
     differences = {"rollout_mean": found.rollout_mean, "rollout_p99": found.rollout_p99,
-                   "eager_mean": found.eager_mean, "eager_p99": found.eager_p99}  # fmt: skip
+                   "eager_mean": found.eager_mean, "eager_p99": found.eager_p99,
+                   "behind_mean": found.behind_mean}  # fmt: skip
     if not _everywhere(trainer, found.holds):
         return _refuse(trainer, f"does not sample from the policy that is trained: {found}", differences)
     return {"engine": actor.sampler.name, "reason": actor.rollout_reason, **differences}
@@ -81,7 +82,7 @@ def _sampled(trainer: OnPolicy, prompts: Sequence[Prompt]) -> tuple[Rollout | No
 def _compare(trainer: OnPolicy, rollout: Rollout) -> parity.Parity:
     actor = trainer.engines.actor
     sampled = parity.first_tokens(parity.some_rows(rollout, ROWS), TOKENS)
-    eager = EagerSampler(actor).log_probs(sampled, trainer.temperature)
+    eager, behind = EagerSampler(actor).read(sampled, trainer.temperature)
     answers = as_answers(sampled, trainer.pad_id)
     actor.eval()
     (parts,) = micro_parts(answers.lengths.tolist(), actor, trainer.longest, len(answers))
@@ -90,5 +91,5 @@ def _compare(trainer: OnPolicy, rollout: Rollout) -> parity.Parity:
     )
     width = answers.mask.shape[1]
     return parity.compare(
-        sampled.log_probs[:, :width], eager[:, :width], scored, answers.mask, actor.spec["dtype"]
+        sampled.log_probs[:, :width], eager[:, :width], scored, behind[:, :width], answers.mask, actor.spec["dtype"]
     )

@@ -166,5 +166,5 @@ def judged(engine: HybridEngine, sampler, prompts=PROMPTS, tokens=24) -> parity.
     scored = scored.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
     scored = at_answers(scored, prompt_lengths, mask)
     width = mask.shape[1]
-    eager = EagerSampler(engine).log_probs(rollout, 0.7)
-    return parity.compare(rollout.log_probs[:, :width], eager[:, :width], scored, mask, engine.spec["dtype"])
+    eager, behind = (read[:, :width] for read in EagerSampler(engine).read(rollout, 0.7))
+    return parity.compare(rollout.log_probs[:, :width], eager, scored, behind, mask, engine.spec["dtype"])

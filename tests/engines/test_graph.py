@@ -13,6 +13,8 @@ from rlhfdsl.engines.rollout import parity
 from rlhfdsl.engines.rollout.cache import RowLayer
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
+from rlhfdsl.engines.rollout.sampling import draw
+from rlhfdsl.models.lora import adapters_off, lora_layers
 from rlhfdsl.planning.capabilities import choose, table
 
 OWN = ["bloom", "falcon", "falcon with alibi", "falcon of groups", "gptj", "gpt_neo", "mpt"]  # attention of their own
@@ -223,13 +225,71 @@ def test_gate_catches_a_stale_copy_of_the_weights(dtype):
     assert not found.holds, found
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [1, 3])
+def test_gate_catches_adapters_that_are_left_out(dtype, zero, monkeypatch):
+    engine = tiny("llama", dtype, zero, lr=0.1, lora=LORA)
+    sampler = GraphSampler(engine)
+    assert judged(engine, sampler).holds
+    learn(engine)
+    forward = sampler._forward
+
+    def without(*given):
+        with adapters_off(lora_layers(sampler.model)):
+            return forward(*given)
+
+    monkeypatch.setattr(sampler, "_forward", without)
+    found = judged(engine, sampler)
+    assert not found.holds, found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gate_catches_a_copy_that_is_not_made_anew(dtype, monkeypatch):
+    engine = tiny("llama", dtype, zero=3)
+    sampler = GraphSampler(engine)
+    assert judged(engine, sampler).holds
+    learn(engine)
+    monkeypatch.setattr(sampler.copied, "refresh", lambda: None)
+    found = judged(engine, sampler)
+    assert not found.holds, found
+
+
+def greedy(logits, temperature, seeds, step):
+    chosen = logits.argmax(-1)
+    return chosen, (logits.float() / temperature).log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+
+def of_another_step(logits, temperature, seeds, step):
+    return draw(logits, temperature, seeds, step + 1)
+
+
+def of_one_seed(logits, temperature, seeds, step):
+    return draw(logits, temperature, seeds[:1].expand_as(seeds), step)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("wrong", [greedy, of_another_step, of_one_seed])
+def test_gate_catches_tokens_that_are_drawn_otherwise_than_is_said(wrong, dtype, monkeypatch):
+    """Their log-probabilities are right: only the noise tells."""
+    monkeypatch.setattr("rlhfdsl.engines.rollout.graph.draw", wrong)
+    engine = tiny("llama", dtype, zero=0 if dtype == "fp32" else 1)
+    found = judged(engine, GraphSampler(engine))
+    assert not found.holds and found.behind_mean > 0.2, found
+    near = parity.MEAN_RATIO * found.eager_mean + parity.FLOOR[dtype]
+    assert found.rollout_mean <= near
+
+
 def test_gate_does_not_hold_on_nan():
     ones = torch.ones(2, 3)
-    assert parity.compare(ones, ones, ones, ones, "fp32").holds
-    assert not parity.compare(ones * torch.nan, ones, ones, ones, "fp32").holds
+    none = torch.zeros(2, 3)
+    assert parity.compare(ones, ones, ones, none, ones, "fp32").holds
+    assert not parity.compare(ones * torch.nan, ones, ones, none, ones, "fp32").holds
+    assert not parity.compare(ones, ones, ones, ones * torch.nan, ones, "fp32").holds
 
 
 def test_eager_reads_given_tokens_as_it_sampled_them():
     engine = tiny("llama")
     rollout = sampled(EagerSampler(engine))
-    torch.testing.assert_close(EagerSampler(engine).log_probs(rollout, 0.7), rollout.log_probs, atol=1e-5, rtol=0)
+    log_probs, behind = EagerSampler(engine).read(rollout, 0.7)
+    torch.testing.assert_close(log_probs, rollout.log_probs, atol=1e-5, rtol=0)
+    assert behind.max() < 1e-5

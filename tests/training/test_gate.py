@@ -27,6 +27,7 @@ def test_a_right_engine_passes(source):
     one = with_graph(source)
     found = pass_gate(one, prompts())
     assert found["engine"] == "graph" and "refused" not in found and found["rollout_mean"] < 1e-5
+    assert found["behind_mean"] < 1e-5
     assert one.engines.actor.sampler.name == "graph"
     one.generate_experience(prompts(), [0, 1, 2, 3])
 

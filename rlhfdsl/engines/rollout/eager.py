@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from rlhfdsl.engines import passes
 from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampler, Sampling
-from rlhfdsl.engines.rollout.sampling import Distribution, draw
+from rlhfdsl.engines.rollout.sampling import Distribution, draw, gumbel
 from rlhfdsl.models.inputs import joined, length_mask
 
 
@@ -45,20 +45,26 @@ class EagerSampler(Sampler):
             answer_lengths=lengths,
             ended=ended,
             log_probs=joined(log_probs, 0.0).masked_fill(~live, 0.0),
+            seeds=request.seeds,
         )
 
     @torch.no_grad()
-    def log_probs(self, rollout: Rollout, temperature: float) -> torch.Tensor:
-        """log p [B, Ta] of a rollout's answers as decoding with `generate` computes them; 0 beyond their ends."""
+    def read(self, rollout: Rollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """What decoding with `generate` says of a rollout's answers, [B, Ta] each and 0 beyond their ends.
+
+        log p of every token, and how far it is, with its noise, behind the one that would be drawn there: 0 where it is
+        that one.
+        """
         start = int(rollout.response_start_idx[0])
         answers = rollout.input_ids[:, start:]
         width = answers.shape[1]
-        given = _Given(answers, temperature, start)
+        given = _Given(answers, rollout.seeds, temperature, start)
         self._decode(
             rollout.input_ids[:, :start], rollout.attention_mask[:, :start], given, Sampling(max_new_tokens=width)
         )
-        live = length_mask(rollout.answer_lengths, width)
-        return torch.stack(given.log_probs, 1).masked_fill(~live, 0.0)
+        beyond = ~length_mask(rollout.answer_lengths, width)
+        log_probs, behind = (torch.stack(found, 1) for found in (given.log_probs, given.behind))
+        return log_probs.masked_fill(beyond, 0.0), behind.masked_fill(beyond, 0.0)
 
     def _decode(
         self, prompts: torch.Tensor, mask: torch.Tensor, processor: LogitsProcessor, sampling: Sampling
@@ -103,17 +109,20 @@ class _Draw(LogitsProcessor):
 
 
 class _Given(LogitsProcessor):
-    """Turns `generate`'s argmax into given tokens [B, Ta]; keeps their log-probabilities."""
+    """Turns `generate`'s argmax into given tokens [B, Ta]; keeps what `EagerSampler.read` says of them."""
 
-    def __init__(self, answers: torch.Tensor, temperature: float, start: int):
-        self.answers, self.temperature, self.start = answers, temperature, start
+    def __init__(self, answers: torch.Tensor, seeds: torch.Tensor, temperature: float, start: int):
+        self.answers, self.seeds, self.temperature, self.start = answers, seeds, temperature, start
         self.log_probs: list[torch.Tensor] = []
+        self.behind: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         column = input_ids.shape[1] - self.start
         chosen = self.answers[:, column : column + 1]
         log_probs = (scores.float() / self.temperature).log_softmax(-1)
         self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
+        noisy = log_probs + gumbel(self.seeds, column, log_probs.shape[1])
+        self.behind.append((noisy.amax(1, keepdim=True) - noisy.gather(1, chosen)).squeeze(1))
         return only(scores, chosen)
 
 

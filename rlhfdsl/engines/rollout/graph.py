@@ -296,4 +296,5 @@ def _assembled(
         answer_lengths=answer_length,
         ended=ended,
         log_probs=log_probs[:, :columns].masked_fill(~live, 0.0),
+        seeds=request.seeds,
     )

@@ -51,11 +51,13 @@ class Rollout(RolloutBatch):
     answer_lengths [B']: tokens of the answer, the stop token included.
     ended [B']: whether the answer closed with a stop token.
     log_probs [B', Ta]: of the sampled tokens as the rollout computed them, at its temperature; 0 beyond.
+    seeds [B']: of each answer's noise.
     """
 
     answer_lengths: torch.Tensor | None = None
     ended: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
+    seeds: torch.Tensor | None = None
 
     def right_padded(self, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(ids [B', T], prompt lengths [B'], lengths [B']) with every row starting in column 0."""
