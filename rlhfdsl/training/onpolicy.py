@@ -127,7 +127,10 @@ class OnPolicy(ABC):
         return self.settings["rollout"]["prompt"] + self.settings["rollout"]["answer"]
 
     def sample(self, prompts: Sequence[Prompt], rows: Sequence[int], rollout: int, answers: int) -> Rollout:
-        """Sample `answers` answers to each prompt; `rows` are the prompts' numbers in the global batch."""
+        """Sample `answers` answers to each prompt; `rows` are the prompts' numbers in the global batch.
+
+        With `free_cache` the sampler's memory is given back: what reads the answers next was planned without it.
+        """
         given = self.settings["rollout"]
         sampling = Sampling(
             max_new_tokens=given["answer"],
@@ -139,7 +142,11 @@ class OnPolicy(ABC):
             pad_id=self.pad_id,
             at_once=self.at_once,
         )
-        return rollouts.sample(self.engines.actor, prompts, rows, sampling, seed=self.seed, rollout=rollout)
+        actor = self.engines.actor
+        sampled = rollouts.sample(actor, prompts, rows, sampling, seed=self.seed, rollout=rollout)
+        if actor.spec["rollout"]["free_cache"]:
+            actor.sampler.release()
+        return sampled
 
     @torch.no_grad()
     def generate_experience(
@@ -153,8 +160,6 @@ class OnPolicy(ABC):
         check_prompts(prompts, rows, self.settings["rollout"]["prompt"])
         started = time.perf_counter()
         sampled = self.sample(prompts, rows, self.rollouts, self.settings["rollout"]["answers"])
-        if self.engines.actor.spec["rollout"]["free_cache"]:
-            self.engines.actor.sampler.release()
         generated = time.perf_counter()
         experience = self.judged(self.score(sampled))
         metrics = self.rollout_metrics(experience)

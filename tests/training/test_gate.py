@@ -5,9 +5,12 @@ from small import spec
 from test_ppo import prompts, settings, trainer
 
 from rlhfdsl.engines.rollout.cache import RowLayer
+from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.training.evaluation import answer
 from rlhfdsl.training.gate import pass_gate
+from rlhfdsl.training.onpolicy import OnPolicy
 
 
 def with_graph(source, **changes):
@@ -30,6 +33,20 @@ def test_a_right_engine_passes(source):
     assert found["behind_mean"] < 1e-5
     assert one.engines.actor.sampler.name == "graph"
     one.generate_experience(prompts(), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_what_reads_answers_finds_the_memory_of_their_sampling_given_back(source, free, monkeypatch):
+    one = with_graph(source)
+    one.engines.actor.spec["rollout"]["free_cache"] = free
+    sampler, held = one.engines.actor.sampler, []
+    for place, name in ((EagerSampler, "read"), (OnPolicy, "score")):
+        read = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, read=read: (held.append(sampler.cache), read(*given))[1])
+    pass_gate(one, prompts())
+    answer(one, prompts())
+    one.generate_experience(prompts(), [0, 1, 2, 3])
+    assert len(held) >= 3 and all((cache is None) == free for cache in held)
 
 
 def test_eager_has_nothing_to_pass(source):
