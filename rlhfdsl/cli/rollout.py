@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import sys
 from typing import Any
 
 from rlhfdsl.cli.common import OK, fail, say
+from rlhfdsl.cli.planned import positive
+from rlhfdsl.language.files import write_whole
 from rlhfdsl.planning import catalog, measured
 
 TINY = {"type": "llama", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "intermediate": 128, "vocab": 512,
@@ -17,9 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The arguments that only `rlhf bench rollout` has."""
     rollout = parser.add_argument_group("rollout")
     rollout.add_argument("--model", metavar="HUB_ID", help="a model of the catalog (default: facebook/opt-1.3b)")
-    rollout.add_argument("--rows", type=int, nargs="+", metavar="N", help="answers at once (default: 16 64 128 256)")
-    rollout.add_argument("--prompt", type=int, default=256, metavar="TOKENS", help="of each prompt (default: 256)")
-    rollout.add_argument("--answer", type=int, default=256, metavar="TOKENS", help="of each answer (default: 256)")
+    rollout.add_argument("--rows", type=positive, nargs="+", metavar="N", help="at once (default: 16 64 128 256)")
+    rollout.add_argument("--prompt", type=positive, default=256, metavar="TOKENS", help="of each prompt (default: 256)")
+    rollout.add_argument("--answer", type=positive, default=256, metavar="TOKENS", help="of each answer (default: 256)")
     rollout.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="the actor's stage (default: 1; 0 on the CPU)")
     rollout.add_argument("--eager", action="store_true", help="measure `generate` too")
 
@@ -32,22 +37,24 @@ def run(args: argparse.Namespace, device: str, copy: float) -> int:
         arch = catalog.lookup(args.model or "facebook/opt-1.3b")
     if arch is None:
         fail(f"`{args.model}` is not in the catalog")
-    if args.prompt < 1 or args.answer < 1 or min(args.rows or [1]) < 1:
-        fail("--rows, --prompt and --answer count from 1")
+    if args.prompt + args.answer > arch["context"]:
+        fail(f"--prompt {args.prompt} and --answer {args.answer} exceed the {arch['context']} positions of the model")
     rows = args.rows or ([16, 64, 128, 256] if cuda else [4, 16])
     zero = args.zero if args.zero is not None else int(cuda)
-    from rlhfdsl.running import decoding
-
     results = []
-    for found in decoding.measure(
-        arch, device, copy, rows=rows, prompt=args.prompt, answer=args.answer, zero=zero, eager=args.eager
-    ):
-        say(f"   {found['engine']} {found['rows']}: {found['tokens_per_second']:.0f} tokens/s")
-        results.append(found)
+    os.environ["DS_ACCELERATOR"] = device  # before DeepSpeed is imported, which takes a GPU where there is one
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints and logs to stdout, which is the table's
+        from rlhfdsl.running import decoding
+
+        for found in decoding.measure(
+            arch, device, copy, rows=rows, prompt=args.prompt, answer=args.answer, zero=zero, eager=args.eager
+        ):
+            say(f"   {found['engine']} {found['rows']}: {found['tokens_per_second']:.0f} tokens/s")
+            results.append(found)
     text = json.dumps(results, indent=1) + "\n" if args.format == "json" else table(results, copy)
-    if args.output is not None:
-        args.output.write_text(text, encoding="utf-8")
     print(text, end="")
+    if args.output is not None:
+        write_whole(args.output, text)
     return OK
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhfdsl.cli.common import OK, fail, say
-from rlhfdsl.cli.planned import TARGET, make_plan
+from rlhfdsl.cli.planned import TARGET, make_plan, positive
 from rlhfdsl.planning import catalog, hardware, measured
 
 Json = dict[str, Any]
@@ -119,7 +119,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     truth.add_argument("--only", nargs="+", metavar="WORD", help="configurations whose names hold one of these words")
     truth.add_argument("--list", action="store_true", help="name the configurations")
     truth.add_argument("--seconds", type=float, default=20.0, metavar="S", help="for each (default: 20)")
-    truth.add_argument("--updates", type=int, default=5, metavar="N", help="of each at most (default: 5)")
+    truth.add_argument("--updates", type=positive, default=5, metavar="N", help="of each at most (default: 5)")
     truth.add_argument("--gpu", metavar="NAME", help="plan with the rates of this GPU or profile (default: detected)")
 
 

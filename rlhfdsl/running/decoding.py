@@ -26,7 +26,7 @@ from rlhfdsl.planning import catalog, deepspeed_config, memory
 
 Json = dict[str, Any]
 REPEATS = 2
-ENDING = 512  # answers of the row whose answers end by themselves
+ENDING, SLOTS = 512, 128  # answers of the row whose answers end by themselves, and in how many slots at most
 
 
 def measure(
@@ -51,7 +51,7 @@ def measure(
             floor = read / copy * answer
             yield {"engine": sampler.name, "rows": count, "floor": floor, "share": floor / found["seconds"], **found}
             sampler.release()
-    count = max(n for n in rows if n <= 128)
+    count = max((n for n in rows if n <= SLOTS), default=SLOTS)
     stops = tuple(range(3, arch["vocab"], 128))  # random weights stop at each token once in 128
     for name, given in (("full length", ()), ("ends at 128 in the mean", stops)):
         found = _timed(actor.sampler, arch, ENDING, prompt, answer, at_once=count, stops=given, repeats=1)
