@@ -82,7 +82,7 @@ def _sampled(trainer: OnPolicy, prompts: Sequence[Prompt]) -> tuple[Rollout | No
 def _compare(trainer: OnPolicy, rollout: Rollout) -> parity.Parity:
     actor = trainer.engines.actor
     sampled = parity.first_tokens(parity.some_rows(rollout, ROWS), TOKENS)
-    eager, behind = EagerSampler(actor).read(sampled, trainer.temperature)
+    eager, behind = EagerSampler(actor).read(sampled, trainer.distribution)
     answers = as_answers(sampled, trainer.pad_id)
     actor.eval()
     (parts,) = micro_parts(answers.lengths.tolist(), actor, trainer.longest, len(answers))

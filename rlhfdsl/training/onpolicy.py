@@ -25,6 +25,7 @@ from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Rollout, Sampling
+from rlhfdsl.engines.rollout.sampling import Distribution
 from rlhfdsl.training import effort, invariants, rollouts
 from rlhfdsl.training.advantages import next_kl_coefficient, overlong_penalty
 from rlhfdsl.training.experience import Answers, Experience, Scored, as_answers
@@ -122,6 +123,12 @@ class OnPolicy(ABC):
         return self.settings["rollout"]["temperature"]
 
     @property
+    def distribution(self) -> Distribution:
+        """What the tokens of answers are drawn from."""
+        rollout = self.settings["rollout"]
+        return Distribution(rollout["temperature"], rollout["top_k"], rollout["top_p"])
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt with the longest answer, at which every micro batch was sized."""
         return self.settings["rollout"]["prompt"] + self.settings["rollout"]["answer"]
@@ -131,12 +138,11 @@ class OnPolicy(ABC):
 
         With `free_cache` the sampler's memory is given back: what reads the answers next was planned without it.
         """
-        given = self.settings["rollout"]
         sampling = Sampling(
-            max_new_tokens=given["answer"],
-            temperature=self.temperature,
-            top_k=given["top_k"] or 0,
-            top_p=given["top_p"] or 1.0,
+            max_new_tokens=self.settings["rollout"]["answer"],
+            temperature=self.distribution.temperature,
+            top_k=self.distribution.top_k or 0,
+            top_p=self.distribution.top_p or 1.0,
             n_samples_per_prompt=answers,
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,

@@ -12,7 +12,7 @@ from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout import parity
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_padded
-from rlhfdsl.engines.rollout.sampling import row_seeds
+from rlhfdsl.engines.rollout.sampling import Distribution, row_seeds
 from rlhfdsl.models.inputs import length_mask
 from rlhfdsl.models.lora import add_adapters
 from rlhfdsl.training.experience import answer_mask, at_answers
@@ -155,9 +155,9 @@ def joined(engine: HybridEngine) -> None:
         torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
-def judged(engine: HybridEngine, sampler, prompts=PROMPTS, tokens=24) -> parity.Parity:
+def judged(engine: HybridEngine, sampler, prompts=PROMPTS, tokens=24, **cut) -> parity.Parity:
     """What the gate says of a sampler beside the engine's weights."""
-    rollout = parity.some_rows(sampled(sampler, prompts, tokens=tokens), 6)
+    rollout = parity.some_rows(sampled(sampler, prompts, tokens=tokens, **cut), 6)
     ids, prompt_lengths, lengths = rollout.right_padded(256)
     mask = answer_mask(prompt_lengths, lengths)
     engine.eval()  # GPT-2's configuration has dropout
@@ -166,5 +166,5 @@ def judged(engine: HybridEngine, sampler, prompts=PROMPTS, tokens=24) -> parity.
     scored = scored.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
     scored = at_answers(scored, prompt_lengths, mask)
     width = mask.shape[1]
-    eager, behind = (read[:, :width] for read in EagerSampler(engine).read(rollout, 0.7))
+    eager, behind = (read[:, :width] for read in EagerSampler(engine).read(rollout, Distribution(0.7, **cut)))
     return parity.compare(rollout.log_probs[:, :width], eager, scored, behind, mask, engine.spec["dtype"])

@@ -13,7 +13,7 @@ from rlhfdsl.engines.rollout import parity
 from rlhfdsl.engines.rollout.cache import RowLayer
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
-from rlhfdsl.engines.rollout.sampling import draw
+from rlhfdsl.engines.rollout.sampling import Distribution, draw
 from rlhfdsl.models.lora import adapters_off, lora_layers
 from rlhfdsl.planning.capabilities import choose, table
 
@@ -254,17 +254,22 @@ def test_gate_catches_a_copy_that_is_not_made_anew(dtype, monkeypatch):
     assert not found.holds, found
 
 
-def greedy(logits, temperature, seeds, step):
+def greedy(logits, distribution, seeds, step):
     chosen = logits.argmax(-1)
-    return chosen, (logits.float() / temperature).log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
+    log_probs = (logits.float() / distribution.temperature).log_softmax(-1)
+    return chosen, log_probs.gather(1, chosen.unsqueeze(1)).squeeze(1)
 
 
-def of_another_step(logits, temperature, seeds, step):
-    return draw(logits, temperature, seeds, step + 1)
+def of_another_step(logits, distribution, seeds, step):
+    return draw(logits, distribution, seeds, step + 1)
 
 
-def of_one_seed(logits, temperature, seeds, step):
-    return draw(logits, temperature, seeds[:1].expand_as(seeds), step)
+def of_one_seed(logits, distribution, seeds, step):
+    return draw(logits, distribution, seeds[:1].expand_as(seeds), step)
+
+
+def without_a_cut(logits, distribution, seeds, step):
+    return draw(logits, Distribution(distribution.temperature), seeds, step)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -279,6 +284,17 @@ def test_gate_catches_tokens_that_are_drawn_otherwise_than_is_said(wrong, dtype,
     assert found.rollout_mean <= near
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gate_knows_a_cut(dtype, monkeypatch):
+    engine = tiny("llama", dtype, zero=0 if dtype == "fp32" else 1)
+    cut = {"top_k": 30, "top_p": 0.7}
+    found = judged(engine, GraphSampler(engine), **cut)
+    assert found.holds, found
+    monkeypatch.setattr("rlhfdsl.engines.rollout.graph.draw", without_a_cut)
+    found = judged(engine, GraphSampler(engine), **cut)
+    assert not found.holds and found.behind_mean > 0.2, found
+
+
 def test_gate_does_not_hold_on_nan():
     ones = torch.ones(2, 3)
     none = torch.zeros(2, 3)
@@ -290,6 +306,6 @@ def test_gate_does_not_hold_on_nan():
 def test_eager_reads_given_tokens_as_it_sampled_them():
     engine = tiny("llama")
     rollout = sampled(EagerSampler(engine))
-    log_probs, behind = EagerSampler(engine).read(rollout, 0.7)
+    log_probs, behind = EagerSampler(engine).read(rollout, Distribution(0.7))
     torch.testing.assert_close(log_probs, rollout.log_probs, atol=1e-5, rtol=0)
     assert behind.max() < 1e-5

@@ -49,16 +49,16 @@ class EagerSampler(Sampler):
         )
 
     @torch.no_grad()
-    def read(self, rollout: Rollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, rollout: Rollout, distribution: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
         """What decoding with `generate` says of a rollout's answers, [B, Ta] each and 0 beyond their ends.
 
-        log p of every token, and how far it is, with its noise, behind the one that would be drawn there: 0 where it is
-        that one.
+        log p of every token, and how far it is, with its noise, behind the one that would be drawn there, or below what
+        the distribution keeps: 0 where it is that one.
         """
         start = int(rollout.response_start_idx[0])
         answers = rollout.input_ids[:, start:]
         width = answers.shape[1]
-        given = _Given(answers, rollout.seeds, temperature, start)
+        given = _Given(answers, rollout.seeds, distribution, start)
         self._decode(
             rollout.input_ids[:, :start], rollout.attention_mask[:, :start], given, Sampling(max_new_tokens=width)
         )
@@ -111,18 +111,23 @@ class _Draw(LogitsProcessor):
 class _Given(LogitsProcessor):
     """Turns `generate`'s argmax into given tokens [B, Ta]; keeps what `EagerSampler.read` says of them."""
 
-    def __init__(self, answers: torch.Tensor, seeds: torch.Tensor, temperature: float, start: int):
-        self.answers, self.seeds, self.temperature, self.start = answers, seeds, temperature, start
+    def __init__(self, answers: torch.Tensor, seeds: torch.Tensor, distribution: Distribution, start: int):
+        self.answers, self.seeds, self.distribution, self.start = answers, seeds, distribution, start
         self.log_probs: list[torch.Tensor] = []
         self.behind: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         column = input_ids.shape[1] - self.start
         chosen = self.answers[:, column : column + 1]
-        log_probs = (scores.float() / self.temperature).log_softmax(-1)
-        self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
-        noisy = log_probs + gumbel(self.seeds, column, log_probs.shape[1])
-        self.behind.append((noisy.amax(1, keepdim=True) - noisy.gather(1, chosen)).squeeze(1))
+        log_probs = (scores.float() / self.distribution.temperature).log_softmax(-1)
+        own = log_probs.gather(1, chosen)
+        self.log_probs.append(own.squeeze(1))
+        lowest = self.distribution.lowest(log_probs)
+        noise = gumbel(self.seeds, column, log_probs.shape[1])
+        # A token at the edge of what is kept may be beyond it in the other engine, by rounding.
+        best = (log_probs + noise).masked_fill(log_probs < torch.minimum(lowest, own), -torch.inf)
+        behind = best.amax(1, keepdim=True) - (own + noise.gather(1, chosen)) + (lowest - own).clamp(min=0)
+        self.behind.append(behind.squeeze(1))
         return only(scores, chosen)
 
 

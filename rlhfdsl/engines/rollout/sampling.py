@@ -70,6 +70,11 @@ class Distribution:
 
         Tokens as likely as the last one that is kept are kept too. Nothing waits for the device.
         """
+        return logits.masked_fill(logits < self.lowest(logits), -torch.inf) if self.cuts else logits
+
+    def lowest(self, logits: torch.Tensor) -> torch.Tensor:
+        """The least of the logits [B, V] that are kept, [B, 1]."""
+        lowest = logits.amin(-1, keepdim=True)
         if self.top_k is not None:
             lowest = logits.topk(min(self.top_k, logits.shape[-1]), -1).values[:, -1:]
             logits = logits.masked_fill(logits < lowest, -torch.inf)
@@ -78,8 +83,7 @@ class Distribution:
             shares = ordered.softmax(-1)
             likelier = shares.cumsum(-1) - shares  # 0 for the likeliest, which is always kept
             lowest = ordered.masked_fill(likelier >= self.top_p, torch.inf).amin(-1, keepdim=True)
-            logits = logits.masked_fill(logits < lowest, -torch.inf)
-        return logits
+        return lowest
 
 
 def draw(
