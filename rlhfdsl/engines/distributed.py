@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import sys
+import sysconfig
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -70,6 +71,7 @@ def build_operator() -> None:
     if builder is None or not builder.is_compatible(verbose=False):
         return
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_builds()))
+    own_ninja_first()
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     with (folder.parent / f"{builder.name}.flock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -86,6 +88,17 @@ def own_builds() -> Path:
     environment = f"{sys.prefix} {torch.__version__} {deepspeed.__version__}"
     name = f"rlhfdsl-{hashlib.sha256(environment.encode()).hexdigest()[:12]}"
     return Path(cpp_extension.get_default_build_root(), name)
+
+
+def own_ninja_first() -> None:
+    """Put the environment's ninja, which DeepSpeed requires, before any other on PATH, also where it is not activated.
+
+    Ninja's releases hash a command differently, and each holds what another one built to be out of date: an environment
+    that is used now activated and now by its path would build again at each change, where the system has one as well.
+    """
+    scripts, path = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
+    if Path(scripts, "ninja").is_file() and path.split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = f"{scripts}{os.pathsep}{path}"
 
 
 def rank() -> int:

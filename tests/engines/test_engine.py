@@ -1,5 +1,7 @@
 """Engines against plain PyTorch: gradients, accumulation, masks, rollouts, averages, saved models."""
 
+import os
+
 import pytest
 import torch
 from small import engine, scratch, spec
@@ -294,6 +296,28 @@ def test_a_build_that_was_killed_does_not_block_the_next_start():
     mark.touch()
     build_operator()  # without the remedy this never returns
     assert not mark.exists()
+
+
+def test_the_ninja_of_the_environment_builds_whatever_else_is_on_the_path(tmp_path, monkeypatch):
+    """Another release of ninja would build again what this one has built, and the other way round."""
+    import shutil
+
+    from rlhfdsl.engines.distributed import own_ninja_first
+
+    for folder in ("environment", "system"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ninja").touch(mode=0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "environment"))
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    own_ninja_first()
+    assert shutil.which("ninja") == str(tmp_path / "environment" / "ninja")
+    once = os.environ["PATH"]
+    own_ninja_first()
+    assert os.environ["PATH"] == once
+    (tmp_path / "environment" / "ninja").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    own_ninja_first()  # an environment without one takes the system's
+    assert shutil.which("ninja") == str(tmp_path / "system" / "ninja")
 
 
 def test_two_environments_do_not_build_in_turns(monkeypatch):
