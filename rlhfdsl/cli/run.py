@@ -14,6 +14,7 @@ from rlhfdsl.cli.planned import add_lock_options, add_plan_options, go_offline
 from rlhfdsl.language import Recipe
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.language.terminal import visible
+from rlhfdsl.planning.figures import table
 
 HELP = "run a recipe, a saved plan or a bundle; finished stages are not run again"
 
@@ -53,8 +54,23 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(f"\n{visible(stop.message)}; run the same command to go on", file=sys.stderr)
         return 128 + stop.signal
-    print(visible(f"\ntalk to it with: rlhf chat {plan['recipe']['output']}"))
+    print(visible("\n" + "\n".join(left_behind(plan))))
     return 0
+
+
+def left_behind(plan: dict[str, Any]) -> list[str]:
+    """Where a finished run's models and numbers are, and how to talk to its policy, in lines."""
+    output = plan["recipe"]["output"]
+    models = [
+        (stage["address"].removeprefix("stage."), name, path)
+        for stage in plan["stages"]
+        for name, path in stage["artifacts"].items()
+    ]
+    lines = ["models, in Hugging Face form:", *(f"  {row}" for row in table(models))]
+    lines.append(f"metrics: {output}/STAGE/metrics.jsonl")
+    if any("policy" in stage["artifacts"] for stage in plan["stages"]):
+        lines.append(f"talk to it: rlhf chat {output}")
+    return lines
 
 
 def exit_code(error: UserError) -> int:

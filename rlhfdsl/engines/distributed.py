@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 import sysconfig
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -21,17 +22,20 @@ from torch.utils import cpp_extension
 from rlhfdsl.engines.ports import alone
 
 
-def join(device_kind: str, timeout: float = 1800.0) -> torch.device:
+def join(
+    device_kind: str, timeout: float = 1800.0, building: Callable[[], None] | None = None
+) -> torch.device:
     """Join the ranks that the environment announces; return this rank's device.
 
     device_kind: "cpu" (gloo) or "cuda" (NCCL). timeout: seconds that a collective call waits for the other ranks.
+    building: called where an operator has to be built first, which takes a minute and more.
     Where it announces none this process is the only rank.
     """
     if "RANK" not in os.environ:
         os.environ.update(alone())
     device = torch.device("cpu")
     if device_kind == "cpu":
-        build_operator()
+        build_operator(building)
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -60,12 +64,13 @@ def _unname_buffer() -> None:
     Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def build_operator() -> None:
+def build_operator(building: Callable[[], None] | None = None) -> None:
     """Build DeepSpeed's shared-memory operator for the CPU, a minute once for each environment, before the ranks meet.
 
     torch marks a build by a file named `lock` and waits for as long as it exists, so a build that was killed makes
     every later start wait without end. Whoever holds the lock here, which the system drops when its holder dies,
     knows that no other rank is building, and takes a left-over mark away.
+    building: called before, where nothing is built yet.
     """
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not builder.is_compatible(verbose=False):
@@ -73,6 +78,8 @@ def build_operator() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_builds()))
     own_ninja_first()
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+    if building is not None and not (folder / f"{builder.name}.so").exists():
+        building()
     with (folder.parent / f"{builder.name}.flock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)

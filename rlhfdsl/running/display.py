@@ -17,6 +17,8 @@ from rich.table import Column
 from rich.text import Text
 
 from rlhfdsl.language.terminal import visible
+from rlhfdsl.planning.figures import duration
+from rlhfdsl.running.schedule import unit
 
 Event = dict[str, Any]
 PLAIN_SECONDS = 5.0  # between two progress lines of a stage when there is no terminal
@@ -41,6 +43,14 @@ class _Note(TextColumn):
         return text
 
 
+class _Clock(TimeElapsedColumn):
+    """The time since the stage's start, and about how long it will take."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        return super().render(task) + Text(f"  {left}" if left else "")
+
+
 class Display:
     """Shows the events of a run's stages. Use as a context manager and as the supervisor's `show`.
 
@@ -52,11 +62,12 @@ class Display:
         self.progress: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.printed: dict[str, float] = {}
+        self.first: dict[str, tuple[int, float]] = {}  # the first update that a stage showed, and when
         if self.console.is_terminal:
             bar = max(4, min(28, self.console.width - 86))  # beside a note of 60 columns
             self.progress = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=bar), TextColumn("{task.completed}/{task.total}"),
-                _Note(), TimeElapsedColumn(table_column=Column(no_wrap=True)), console=self.console,
+                _Note(), _Clock(table_column=Column(no_wrap=True)), console=self.console,
             )  # fmt: skip
 
     def __enter__(self) -> Display:
@@ -75,6 +86,9 @@ class Display:
                 again = event.get("do") in ("rerun", "resume")
                 self._say(name, f"starting: {event['reason']}" if again else "starting", force=again)
                 self._bar(name, stage, 0, "starting")
+            case "building":
+                self._say(name, "building DeepSpeed's operator for the CPU: a minute or more, once", force=True)
+                self._bar(name, stage, 0, "building")
             case "start":
                 self._bar(name, stage, 0, "loading")
             case "update":
@@ -91,7 +105,8 @@ class Display:
             case "checkpoint_failed":
                 self._say(name, f"no checkpoint after {event['update']}: {event['reason']}", force=True)
             case "stopping":
-                self._say(name, "stopping after this update, with a checkpoint; once more stops at once", force=True)
+                when = f"after the {'first' if event['first'] else 'current'} {unit(stage).removesuffix('s')}"
+                self._say(name, f"stopping {when}, with a checkpoint; a second signal stops it at once", force=True)
             case "sample":
                 self._say(name, sample_lines(event), force=True)
             case "cached":
@@ -100,17 +115,25 @@ class Display:
                 self._say(name, f"done in {event['seconds']:.0f} s  ->  {stage['output']}", force=True)
                 self._bar(name, stage, _total(stage), "done")
 
+    def _left(self, name: str, stage: dict[str, Any], done: int) -> str:
+        """How long the updates that are missing will take at the pace of those that were shown; "" where none tells."""
+        now = time.monotonic()
+        began, since = self.first.setdefault(name, (done, now))
+        missing = _total(stage) - done
+        return f"~{duration((now - since) / (done - began) * missing)} left" if done > began and missing > 0 else ""
+
     def _bar(self, name: str, stage: dict[str, Any], done: int, note: str) -> None:
+        left = self._left(name, stage, done) if done else ""
         if self.progress is None:
             final = done == _total(stage)
             if done and note != "done" and (final or time.monotonic() - self.printed.get(name, 0.0) > PLAIN_SECONDS):
                 self.printed[name] = time.monotonic()
-                self._say(name, f"{done}/{_total(stage)}  {note}", force=True)
+                self._say(name, f"{done}/{_total(stage)}  {note}{left and f'  {left}'}", force=True)
             return
         if name not in self.tasks:
-            self.tasks[name] = self.progress.add_task(escape(f"{name:8}"), total=_total(stage), note="")
+            self.tasks[name] = self.progress.add_task(escape(f"{name:8}"), total=_total(stage), note="", left="")
         with self._heard():
-            self.progress.update(self.tasks[name], completed=done, note=escape(note))
+            self.progress.update(self.tasks[name], completed=done, note=escape(note), left=left)
 
     def _say(self, name: str, text: str, force: bool = False) -> None:
         if force or self.progress is None:

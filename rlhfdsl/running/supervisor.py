@@ -172,7 +172,7 @@ class Running:
                     self._take(event, show=True)
                 if self.signals.asked is not None and not told:
                     (self.partial / store.STOP).touch()
-                    self.show(self.stage, {"event": "stopping"})
+                    self.show(self.stage, {"event": "stopping", "first": not self.trained})
                     told = True
                 watch.look()
                 if running and watch.hangs():

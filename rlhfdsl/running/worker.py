@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         load(stage["kind"])
         from rlhfdsl.engines import distributed
 
-        distributed.join(plan["target"]["device"], options.timeout)
+        report = MetricsWriter(directory / "metrics.jsonl")
+        building = partial(report, "building") if rank == 0 else None
+        distributed.join(plan["target"]["device"], options.timeout, building)
         run_stage(plan, stage, options.base, options.checkpoint, pulse)
         from deepspeed import comm
 
