@@ -25,7 +25,7 @@ class Tool:
 _WHOLE = "weights are held in their own type"
 _LORA = "lora { } trains the adapters alone, of one kind"
 _DERIVED = "derived here"
-_HOOKS = "logging goes to the run's folder"
+_HOOKS = "metrics and samples go to the run's folder"
 _FAST = "chosen here from what the model and the GPU allow"
 _TENSOR = "`rollout.tensor` takes by itself the GPUs of a copy of the weights that hold the most answers"
 _PACKED = "rows run without their padding in any case, and `batch` counts sequences"
@@ -63,7 +63,7 @@ _COMMON_WITHOUT = {
     "preprocessing_num_workers": _LOAD, "dataloader_num_workers": _LOAD, "dataset_num_proc": _LOAD,
     "resume_from_checkpoint": "`rlhf run` goes on by itself", "tf32": _FAST, "optim": "the optimizer is AdamW",
     "master_port": _LAUNCH, "master_addr": _LAUNCH, "include": _LAUNCH, "exclude": _LAUNCH, "hostfile": _LAUNCH,
-    "ddp_find_unused_parameters": _FAST, "packing": "no counterpart: each row is a sequence",
+    "ddp_find_unused_parameters": _FAST, "packing": _PACKED,
 }  # fmt: skip
 
 TOOLS: dict[str, Tool] = {
