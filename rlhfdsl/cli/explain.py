@@ -18,6 +18,7 @@ from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.language.terminal import visible
 
 HELP = "tell where a value comes from, or what a code means"
+_NEAR = 3  # names told for one that is not there
 _CODE = re.compile(r"[EW]\d{4}", re.IGNORECASE)
 _LAYERS = {"base": "the base, ", "profile": "the profile, ", "default": "the default"}
 
@@ -42,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
         facts = describe_type(args.subject)
         if facts is None:
             known = [name for t in schema.types() for name in (t, *(f"{t}.{a}" for a in attributes_of(t)))]
-            near = nearest(args.subject, dict.fromkeys(known))
+            near = [name for name in known if name.endswith(f".{args.subject}")][:_NEAR]
+            near = near or nearest(args.subject, dict.fromkeys(known))
             help = f"; did you mean {listed(near)}?" if near else ""
-            fail(f"`{args.subject}` is no code, type or attribute{help}")
+            fail(f"`{args.subject}` is not a code, a block or an attribute{help}")
         return _print(facts, args)
     if args.path is None:
         fail("say what of the recipe: rlhf explain FILE stage.ppo.kl.coef")

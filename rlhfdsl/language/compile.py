@@ -57,6 +57,7 @@ def load(
         return Compilation(path, None, tuple(problems), sources)
     sources = {source.name: source}
     document, problems = parse(source)
+    overridden = any(override.path.text == "recipe" for override in document.overrides)
     document = include(path, source, document, sources, problems, overlay)
     if document.misnested:
         return Compilation(path, None, tuple(sorted(problems, key=_place)), sources, document)
@@ -83,7 +84,7 @@ def load(
     problems += secrets(sources)
     stages = order(blocks, problems)
     if checked.complete:
-        problems += _whole(source, blocks)
+        problems += _whole(source, blocks, overridden)
     recipe = None
     if not any(problem.severity == "error" for problem in problems):
         problems += unreached(blocks, source.name)
@@ -133,10 +134,15 @@ def _names(document: Document, problems: list[Diagnostic]) -> tuple[dict[str, Pa
     return params, lets
 
 
-def _whole(source: SourceFile, blocks: Mapping[str, Block]) -> list[Diagnostic]:
-    """A recipe has a name and at least one stage."""
+def _whole(source: SourceFile, blocks: Mapping[str, Block], overridden: bool) -> list[Diagnostic]:
+    """A recipe has a name and at least one stage.
+
+    overridden: the file says `override recipe`, a mistake of its own that names what is missing as well.
+    """
     problems = []
     if "recipe" not in blocks:
+        if overridden:
+            return []
         message = f"`{source.name}` has no `recipe` block"
         help = 'write `recipe "my-run" { language = 1 }` at its head'
         problems.append(Diagnostic("E0208", "error", message, help=help))

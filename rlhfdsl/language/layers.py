@@ -195,8 +195,10 @@ def _no_target(
     labels: tuple[Label, ...] = ()
     fixes: tuple[Fix, ...] = ()
     if address == "recipe":
-        message = "`recipe` is not overridden: each file has its own"
+        message = "`recipe` cannot be overridden: each file has a `recipe` block of its own"
         help = "write the setting in the `recipe` block of this file"
+        if own is None:
+            help = 'write `recipe "my-run" { … }` in its place'
     elif own is not None:
         message = f"`{address}` is written in this file, so it needs no override"
         help = "change it where it stands"

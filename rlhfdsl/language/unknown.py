@@ -15,6 +15,16 @@ from rlhfdsl.language.values import rename
 _NAMES = 24  # told in one message
 
 
+_STATEMENTS = {  # what stands beside the blocks, each as it is written
+    "param": "param size: int = 4",
+    "let": "let batch = 4 * param.size",
+    "profile": "profile quick { stage.sft.steps = 10 }",
+    "override": "override stage.sft { steps = 100 }",
+    "extends": 'extends "base.rlhf"',
+    "import": 'import "models.rlhf" as m',
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Guess:
     """A help, fixes, and what the wrong name stands for, so that this is not missed as well."""
@@ -32,6 +42,8 @@ def kind(node: BlockSyntax) -> Diagnostic:
     fixes: tuple[Fix, ...] = ()
     if near:
         help, fixes = f"did you mean {listed(near)}?", tuple(rename(name, word.span) for name in near)
+    elif statement := nearest(word.text, _STATEMENTS, limit=1):
+        help = f"did you mean `{statement[0]}`? It is written `{_STATEMENTS[statement[0]]}`"
     elif word.text in schema.stage_kinds():
         help = f"a stage is written `stage {word.text} {{ … }}`"
     elif inner:

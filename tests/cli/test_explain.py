@@ -120,3 +120,8 @@ def test_a_code(capsys):
 def test_what_there_is_not(capsys, arguments, code, text):
     found, out, err = run(capsys, *arguments)
     assert found == code and out == "" and text in err
+
+
+def test_a_name_alone_is_led_to_where_it_is(capsys):
+    code, _, err = run(capsys, "lr")
+    assert code == 2 and "`lr` is not a code, a block or an attribute; did you mean `lora.lr`, " in err

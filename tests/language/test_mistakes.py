@@ -97,7 +97,7 @@ def test_a_file_of_another_kind_is_told_once(tmp_path, monkeypatch, name, conten
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
     (only,) = load(name).diagnostics
-    assert only.code == "E0895" and only.message.startswith(f"`{name}` is no recipe: it looks like {what}")
+    assert only.code == "E0895" and only.message.startswith(f"`{name}` is not a recipe: it looks like {what}")
     assert help in only.help
 
 
@@ -119,6 +119,28 @@ def test_a_file_without_a_recipe(tmp_path: Path):
     path = tmp_path / "x.rlhf"
     path.write_text("# nothing yet\n", encoding="utf-8")
     assert [d.code for d in load(path).diagnostics] == ["E0208"]
+
+
+def test_an_override_of_the_recipe_block_is_one_mistake(tmp_path: Path):
+    """What it says belongs in a block of the file's own, so that there is none is not told as well."""
+    (tmp_path / "base.rlhf").write_text(
+        'recipe "base" { }\nmodel tiny { arch = gpt2, layers = 1, hidden = 8, heads = 2, tokenizer = bytes }\n'
+        'data rows { from = "./rows.jsonl", format = chat }\n'
+        "stage sft { model = model.tiny, data = data.rows, batch = 1, length = 8, lr = 1e-3 }\n",
+        encoding="utf-8",
+    )
+    path = tmp_path / "x.rlhf"
+    path.write_text('extends "base.rlhf"\noverride recipe { seed = 1 }\n', encoding="utf-8")
+    (only,) = load(path).diagnostics
+    assert only.code == "E0213" and only.help == 'write `recipe "my-run" { … }` in its place'
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("params", "param"), ("profiles", "profile"), ("overide", "override")])
+def test_a_statement_that_is_written_as_a_block_is_shown(tmp_path: Path, wrong: str, right: str):
+    path = tmp_path / "x.rlhf"
+    path.write_text(f'recipe "t" {{ }}\n{wrong} {{ size = 4 }}\n', encoding="utf-8")
+    found = next(d for d in load(path).diagnostics if d.code == "E0206")
+    assert found.help.startswith(f"did you mean `{right}`? It is written `{right} ")
 
 
 @pytest.mark.parametrize("change", [lambda s: "\ufeff" + s, lambda s: s.replace("\n", "\r\n"), str.rstrip])
