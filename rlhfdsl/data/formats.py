@@ -378,5 +378,5 @@ def _likely(name: str, columns: Sequence[str]) -> str:
     for guess in (name, *_OTHER_NAMES.get(name, ())):
         if guess in lowered:
             return lowered[guess]
-    near = difflib.get_close_matches(name, list(lowered), n=1)
+    near = difflib.get_close_matches(name, list(lowered), n=1) or [word for word in lowered if word.startswith(name)]
     return lowered[near[0]] if near else "…"

@@ -297,6 +297,7 @@ def test_text_pairs_without_a_prompt(folder):
         ),
         ("chat", {"conversations": TALK}, 'columns { messages = "conversations" }'),
         ("text", {"x": "q"}, 'columns { text = "…" }'),
+        ("preference", {"chosen_response": "a", "rejected": "b"}, 'columns { chosen = "chosen_response" }'),
     ],
 )
 def test_a_missing_column_suggests_one(folder, format, row, help):
