@@ -61,7 +61,7 @@ def compile_recipe(path: str | Path, args: argparse.Namespace) -> Compilation:
     from rlhfdsl.language import load
 
     if Path(path).suffix in (".rhplan", ".rlhfb"):
-        fail(f"{path} is no recipe: `rlhf run` runs it, `rlhf bundle {path} --open FOLDER` unpacks its recipe")
+        fail(f"{path} is not a recipe: `rlhf run` runs it, `rlhf bundle {path} --open FOLDER` unpacks its recipe")
     params: dict[str, str] = {}
     for text in args.param:
         name, equals, value = text.partition("=")

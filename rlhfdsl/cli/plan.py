@@ -116,7 +116,7 @@ def _measured(folder: Path) -> int:
     from rlhfdsl.running import records
 
     if not records.is_run(folder):
-        fail(f"{folder} is no run: it has no plan.json")
+        fail(f"{folder} is not a run: it has no plan.json")
     sys.stdout.write(records.truth(records.read(folder)))
     return OK
 

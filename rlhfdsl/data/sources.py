@@ -167,7 +167,7 @@ class _Local:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise self.error(
                 codes.BROKEN_ARCHIVE,
-                f"`{self.named}` is no whole gzip file: {first_line(error)}",
+                f"`{self.named}` is not a complete gzip file: {first_line(error)}",
                 "compress it again, or take .gz off the name of a plain file",
             ) from error
         except OSError as error:
@@ -193,7 +193,7 @@ class _Local:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())  # a row that was cut ends where its text does, not on the next line
             except (json.JSONDecodeError, RecursionError) as error:
                 if number == 1 and line.lstrip()[0] == "[":
                     raise self.error(
@@ -246,13 +246,13 @@ class _Local:
             else "nested too deeply"
         )
         return self.error(
-            codes.BROKEN_JSON, f"line {line} of `{self.named}` is no JSON: {what}", "mend that line", line
+            codes.BROKEN_JSON, f"line {line} of `{self.named}` is not valid JSON: {what}", "mend that line", line
         )
 
     def _no_table(self, what: str, line: int | None = None) -> UserError:
         return self.error(
             codes.NOT_A_TABLE,
-            f"`{self.named}` is no table: {what}",
+            f"`{self.named}` is not a table: {what}",
             'write [{"prompt": "…"}, …] in a .json file, or one object a line in a .jsonl file',
             line,
         )
@@ -286,7 +286,7 @@ class _Local:
                     if len(cells) != len(head):
                         raise self.error(
                             codes.BROKEN_TABLE,
-                            f"line {line} of `{self.named}` has {len(cells)} cells, its head {len(head)}",
+                            f"line {line} of `{self.named}` has {len(cells)} cells, its header has {len(head)}",
                             "put quotes around a cell that holds a separator or a line break",
                             line,
                         )
@@ -295,7 +295,7 @@ class _Local:
         except csv.Error as error:
             raise self.error(
                 codes.BROKEN_TABLE,
-                f"line {line} of `{self.named}` is no csv: {error}",
+                f"line {line} of `{self.named}` is not valid csv: {error}",
                 'close every quote, and write a quote inside a quoted cell as ""',
                 line,
             ) from error
@@ -347,7 +347,7 @@ class _Local:
     def _broken_data(self, what: str, error: Exception) -> UserError:
         return self.error(
             codes.BROKEN_TABLE,
-            f"`{self.named}` is no whole {what}: {first_line(error)}",
+            f"`{self.named}` is not a complete {what}: {first_line(error)}",
             "write or copy it again",
         )
 

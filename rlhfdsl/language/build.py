@@ -189,7 +189,7 @@ class Builder:
                 return chr(int(body[1:], 16))
             if body not in _ESCAPES:
                 place = Span(span.file, span.start + 1 + match.start(), span.start + 1 + match.end())
-                message = f"`\\{body}` is no escape"
+                message = f"`\\{body}` is not an escape"
                 help = 'the escapes are \\" \\\\ \\n \\t and \\u with four hex digits'
                 self.problems.append(Diagnostic("E0117", "error", message, place, help=help))
             return _ESCAPES.get(body, "")

@@ -84,7 +84,7 @@ def scorers(blocks: Blocks) -> Found:
     for scorer in (block for block in blocks.values() if block.kind == "scorer"):
         source = scorer["file"]
         if isinstance(source, Source) and source.kind == "hub":
-            message = f"`{source.text}` is no path: a scorer is a file beside the recipe"
+            message = f"`{source.text}` is not a path: a scorer is a file beside the recipe"
             yield _error("E0317", message, scorer.setting("file").span, f'write "./{source.text}"')
     for stage in (block for block in blocks.values() if "reward" in block.blocks):
         reward = stage.blocks["reward"]

@@ -88,7 +88,7 @@ def _decoded(data: bytes, name: str, folder: str) -> tuple[SourceFile | None, li
     """The text of a file's bytes."""
     other = stranger(data, name)
     if other is not None:
-        return _refuse("E0895", f"`{name}` is no recipe: it looks like {other[0]}", other[1])
+        return _refuse("E0895", f"`{name}` is not a recipe: it looks like {other[0]}", other[1])
     if len(data) > SIZE_LIMIT:
         return _refuse("E0901", f"`{name}` is larger than 1 MiB, the most that a recipe may have")
     try:

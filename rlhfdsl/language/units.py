@@ -65,12 +65,12 @@ def read_number(text: str) -> Quantity | Refusal:
         return Refusal("E0903", f"the exponent of `{shown}` is beyond {EXPONENT_LIMIT}")
     if unit not in _UNITS:
         if unit[0] in "eE":
-            return Refusal("E0308", f"`{unit}` is no unit", "an exponent has digits: 1e-5")
+            return Refusal("E0308", f"`{unit}` is not a unit", "an exponent has digits: 1e-5")
         likely = _LIKELY.get(unit) or next((known for known in _UNITS if known.lower() == unit.lower()), None)
         help = (
             f"did you mean `{likely}`?" if likely else "units: k M Ki Mi, %, B kB MB GB KiB MiB GiB, s m h d"
         )
-        return Refusal("E0308", f"`{unit}` is no unit", help)
+        return Refusal("E0308", f"`{unit}` is not a unit", help)
     dimension, size = _UNITS[unit]
     return Quantity(Fraction(digits.replace("_", "") + (fraction or "") + (exponent or "")) * size, dimension)
 

@@ -127,7 +127,7 @@ def _source(attr: Attr, expression: Expression, text: str, folder: str) -> Sourc
         return Source("path", text, posixpath.normpath(posixpath.join(folder, text)))
     suffix = PurePosixPath(text).suffix
     if suffix in _FILE_ENDINGS or not _HUB_ID.fullmatch(text):
-        message = f"`{text}` is no hub id (`org/name`), and a path begins with ./ ../ or /"
+        message = f"`{text}` is not a hub id (`org/name`), and a path begins with ./ ../ or /"
         fixable = bool(text) and not text.startswith("~")
         help = (
             f'write "./{text}" for a file beside the recipe' if fixable else f"for example `{attr.example}`"

@@ -154,7 +154,7 @@ def _local_config(directory: Path, named: str, at: str | None) -> PretrainedConf
     if not path.is_file():
         raise UserError(
             codes.NOT_A_MODEL,
-            f"`{named}` is no model: it has no config.json",
+            f"`{named}` is not a model: it has no config.json",
             at=at,
             place=named,
             help="name a directory that `save_pretrained` or a stage wrote",

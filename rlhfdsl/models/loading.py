@@ -148,7 +148,7 @@ def _look_into(pickles: Sequence[str], source: str, revision: str | None, at: st
         try:
             held = torch.load(path, map_location="meta", weights_only=True)
             if not isinstance(held, Mapping) or not all(isinstance(value, torch.Tensor) for value in held.values()):
-                raise ValueError("it is no table of tensors")
+                raise ValueError("it is not a table of tensors")
         except Exception as error:  # what is wrong in a pickle surfaces as whatever its instructions meet
             # torch puts the advice to load the file unsafely around what its unpickler said.
             why = first_line(error.__context__ or error)

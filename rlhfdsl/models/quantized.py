@@ -104,7 +104,7 @@ def settle(model: PreTrainedModel, at: str | None) -> None:
     whole = [name for name, p in model.named_parameters() if p.dim() > 1 and not hasattr(p, "quant_state")]
     why = [f"`{name}` is in no linear layer" for name in whole if name.startswith(inside)]
     why += [
-        f"`{name}` has {layer.in_features} inputs, which are no multiple of {BLOCK}"
+        f"`{name}` has {layer.in_features} inputs, which are not a multiple of {BLOCK}"
         for name, layer in found.items() if layer.in_features % BLOCK
     ]  # fmt: skip
     if why or not found:

@@ -95,7 +95,7 @@ def header(path: Path, place: str, at: str | None) -> dict[str, list[int]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             codes.WEIGHTS,
-            f"`{place}` is no whole safetensors file",
+            f"`{place}` is not a complete safetensors file",
             at=at,
             place=place,
             help=f"{first_line(error)}; copy it again",

@@ -123,7 +123,7 @@ def _check_name(entry: str, archive: str | None = None) -> None:
     known = _KINDS.search(entry.lower()) is not None
     if good and known:
         return
-    why = "is no kind of file that a run reads" if good else "is a name that could lead elsewhere"
+    why = "is not a kind of file that a run reads" if good else "is a name that could lead elsewhere"
     if archive is not None:
         raise UserError(
             "E0750", f"`{archive}` is not safe to open: `{shown(entry)}` {why}", place=archive,

@@ -45,7 +45,7 @@ def adapters(problems: Problems, part: Part, model: Model, lora: Lora | None) ->
     width = min(narrow.inputs, narrow.outputs)
     if lora.rank >= width:
         problems.report(
-            "E0731", f"an adapter of rank {lora.rank} is no smaller than `{narrow.path}`, which is "
+            "E0731", f"an adapter of rank {lora.rank} is not smaller than `{narrow.path}`, which is "
             f"{narrow.outputs} x {narrow.inputs}", f"{at}.rank",
             help=f"rank = {max(1, width // 4)} or less, or train the weights themselves: leave `lora` out",
         )  # fmt: skip

@@ -72,7 +72,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _unusable(path, f"cannot be read: {error}") from error
     if not isinstance(profile, dict) or profile.get("kind") != KIND or profile.get("version") != 1:
-        raise _unusable(path, "is no hardware profile that this program reads")
+        raise _unusable(path, "is not a hardware profile that this program can read")
     return profile
 
 

@@ -127,7 +127,7 @@ def read(data: bytes, name: str) -> Saved:
         for part in (_FILES, _RECORD)
     )
     if len(files) + len(record) + 2 != len(held.entries):
-        raise archive.unusable(name, "holds files that are no part of a saved plan or bundle")
+        raise archive.unusable(name, "holds files that do not belong to a saved plan or bundle")
     return Saved(held.kind, plan, locked, held.about, held.generator, held.digest, recipe, files, record)
 
 

@@ -71,7 +71,7 @@ def facts(entry: Json, base: Path, address: str) -> Json:
         ) from error  # fmt: skip
     except (SyntaxError, ValueError) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        message = f"`{entry['file']}` is no Python{where}: {getattr(error, 'msg', error)}"
+        message = f"`{entry['file']}` is not valid Python{where}: {getattr(error, 'msg', error)}"
         raise UserError("E0740", message, at=f"{address}.file", place=str(path)) from error
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     function = next((node for node in defined if node.name == entry["function"]), None)

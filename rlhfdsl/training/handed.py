@@ -39,7 +39,7 @@ def check_name(directory: Path, name: str) -> None:
         refuse(f"`save` writes into `{directory}`, and `{name}` is not a name in it",
                "for example `policy`; `open_stage(…, output=…)` says where")  # fmt: skip
     if path.exists() and not (path / "config.json").is_file():
-        refuse(f"`{path}` is there, and it is no model", "`save` replaces a model of that name, and nothing else")
+        refuse(f"`{path}` is there, and it is not a model", "`save` replaces a model of that name, and nothing else")
 
 
 def check_prompts(prompts: Sequence[Prompt], rows: Sequence[int], longest: int) -> None:

@@ -136,7 +136,7 @@ def test_output_sha256_and_options_that_do_not_fit(capsys, bundle, runs):
     assert rlhf(capsys, "bundle", bundle)[0] == 2
     for verb in ("check", "plan", "lock"):
         code, _, err = rlhf(capsys, verb, bundle)
-        assert code == 2 and "is no recipe: `rlhf run` runs it" in err
+        assert code == 2 and "is not a recipe: `rlhf run` runs it" in err
     assert len(runs) == 2
 
 

@@ -303,7 +303,7 @@ def test_what_cannot_be_imported():
         read_command("echo hello")
     with pytest.raises(Unreadable, match=r"its settings are in a/b\.yaml: import that file"):
         read_command("llamafactory-cli train a/b.yaml")
-    with pytest.raises(Unreadable, match="no command"):
+    with pytest.raises(Unreadable, match="not a command"):
         read_command("python -m openrlhf.cli.train_sft --pretrain 'a")
     with pytest.raises(Unreadable, match="YAML"):
         read_command("base_model: [\n")

@@ -368,7 +368,7 @@ def test_rows_of_broken_blocks_are_refused(source):
     """32 inputs are half a block. bitsandbytes would read them back wrongly on a CPU, and say nothing."""
     with pytest.raises(UserError) as raised:
         load_model(spec(lora=lora()), source, revision=None, seed=1)
-    assert raised.value.code == "E0824" and "has 32 inputs, which are no multiple of 64" in raised.value.help
+    assert raised.value.code == "E0824" and "has 32 inputs, which are not a multiple of 64" in raised.value.help
 
 
 @pytest.mark.parametrize("width", [64, 192, 576])

@@ -87,7 +87,7 @@ def test_what_a_loop_hands_over_is_held_against_the_stage(folder):
     Path("out/notes/mine.txt").touch()
     for name in ("", ".", "..", "../own-loop", str(folder)):
         refused("`save` writes into `out`, and `.*` is not a name in it", stage.save, engines.actor, name)
-    refused("`out/notes` is there, and it is no model", stage.save, engines.actor, "notes")
+    refused("`out/notes` is there, and it is not a model", stage.save, engines.actor, "notes")
     assert Path("out/notes/mine.txt").exists() and (folder / "own.rlhf").exists()
 
     prompts, rows = stage.prompts(0)

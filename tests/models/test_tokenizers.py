@@ -271,7 +271,7 @@ def test_directories_that_are_no_model(models, tmp_path):
     assert refused(tmp_path, "file").code == "E0850"
 
     error = refused(tmp_path, "models/tiny")
-    assert (error.code, error.message) == ("E0851", "`models/tiny` is no model: it has no config.json")
+    assert (error.code, error.message) == ("E0851", "`models/tiny` is not a model: it has no config.json")
 
     (m / "config.json").write_text('{"model_type": "llama",\n "hidden_size" 4}')
     error = refused(tmp_path, "models/tiny")

@@ -435,7 +435,7 @@ def test_adapters_find_a_layer(shop):
 def test_adapters_are_smaller_than_their_layers(shop):
     found = shop.problem(lora("rank = 32"))
     assert said(found) == (
-        "E0731", "an adapter of rank 32 is no smaller than `self_attn.q_proj`, which is 32 x 32",
+        "E0731", "an adapter of rank 32 is not smaller than `self_attn.q_proj`, which is 32 x 32",
         "rank = 8 or less, or train the weights themselves: leave `lora` out",
     )  # fmt: skip
     assert shop.text_at(found) == "32"

@@ -67,7 +67,7 @@ def test_a_model_an_endpoint_and_a_second_model_with_weights(shop):
     ("code", "error", "message"),
     [
         (None, "E0740", "`rewards.py` cannot be read: No such file or directory"),
-        ("def brevity(:\n", "E0740", "`rewards.py` is no Python, line 1: invalid syntax"),
+        ("def brevity(:\n", "E0740", "`rewards.py` is not valid Python, line 1: invalid syntax"),
         ("def other(a, b):\n    pass\n", "E0741", "`rewards.py` defines no function `brevity`"),
         ("def brevity(answers):\n    pass\n", "E0741", "`brevity` of `rewards.py` does not take two lists"),
         ("def brevity(a, b, c):\n    pass\n", "E0741", "`brevity` of `rewards.py` does not take two lists"),

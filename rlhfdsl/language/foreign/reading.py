@@ -70,7 +70,7 @@ def _yaml(text: str) -> tuple[list[Given], str]:
     except yaml.YAMLError as error:
         raise Unreadable(f"this YAML cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
-        raise Unreadable("this YAML is no mapping of settings")
+        raise Unreadable("this YAML is not a mapping of settings")
     settings = []
     for name, value in data.items():
         if value in ("", "~", "null"):
@@ -124,7 +124,7 @@ def _words(line: str, number: int) -> tuple[list[Given], str]:
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
-        raise Unreadable(f"line {number} is no command: {str(error).lower()}") from error
+        raise Unreadable(f"line {number} is not a command: {str(error).lower()}") from error
     settings: list[Given] = []
     program: list[str] = []
     for word in words:

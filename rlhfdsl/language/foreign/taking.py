@@ -199,7 +199,7 @@ def _special(draft: Draft, given: Given, target: str, text: str) -> None:
             if re.fullmatch("[1-9][0-9]{0,8}", text):
                 draft.values[f"@{kind}"] = text
             else:
-                draft.note(given, f"`{text}` is no count")
+                draft.note(given, f"`{text}` is not a whole number")
         case "subset":
             draft.values["@subset"] = text
         case "lora" | "actor_lora" | "critic_lora":
