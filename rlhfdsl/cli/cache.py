@@ -15,7 +15,7 @@ from rlhfdsl.language.terminal import visible
 if TYPE_CHECKING:
     from rlhfdsl.running.cache import Entry
 
-HELP = "what runs have left: list it, its size, remove what was replaced, check that it is whole"
+HELP = "what runs left behind: list it, show its size, remove what was replaced, verify it"
 _TOLD = {
     "current": "finished", "other": "finished, of another plan", "aside": "replaced", "partial": "not finished",
     "inputs": "inputs of a bundle", "models": "models from scratch",

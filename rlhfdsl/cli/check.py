@@ -14,7 +14,7 @@ from rlhfdsl.cli.packages import absent
 from rlhfdsl.language import Diagnostic, Recipe, as_github, as_json, as_sarif, render
 from rlhfdsl.language.source import SourceFile
 
-HELP = "find every mistake of a recipe"
+HELP = "find every mistake in a recipe"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

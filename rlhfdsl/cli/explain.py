@@ -17,7 +17,7 @@ from rlhfdsl.language.settings import attributes_of
 from rlhfdsl.language.suggest import listed, nearest
 from rlhfdsl.language.terminal import visible
 
-HELP = "tell where a value comes from, or what a code means"
+HELP = "show where a value comes from, or what an error code means"
 _NEAR = 3  # names told for one that is not there
 _CODE = re.compile(r"[EW]\d{4}", re.IGNORECASE)
 _LAYERS = {"base": "the base, ", "profile": "the profile, ", "default": "the default"}

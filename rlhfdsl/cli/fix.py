@@ -12,7 +12,7 @@ from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.fixes import fix
 from rlhfdsl.language.source import read
 
-HELP = "mend the mistakes that have one way out"
+HELP = "apply the fixes that are safe"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

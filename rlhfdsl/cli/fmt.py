@@ -11,7 +11,7 @@ from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.format import NotEquivalent, format_text
 from rlhfdsl.language.source import SourceFile, read
 
-HELP = "write recipes in their one form"
+HELP = "format recipes"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from rlhfdsl.language.files import write_whole
 from rlhfdsl.language.foreign import Unreadable, convert, read_command
 from rlhfdsl.language.foreign.tools import TOOLS
 
-HELP = "make a recipe of another tool's command or YAML"
+HELP = "turn another tool's command or YAML into a recipe"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -186,7 +186,7 @@ def evaluation_note(event: Event) -> str:
             text = f"{label}reward {value['eval_score']:+.3f}  kl {value['eval_kl']:z.2f} nats"
             if "eval_gain" in value:
                 text += (
-                    f"  gain {value['eval_gain']:+.2f} of the first policy's deviations"
+                    f"  gain {value['eval_gain']:+.2f} standard deviations of the first policy"
                     f"  win rate {100 * value['eval_win_rate']:.0f}%"
                 )
             words.append(text)

@@ -36,7 +36,7 @@ def test_the_chain_of_a_value(capsys):
         "  over    the profile, layers.rlhf:46:31      8\n"
         "  over    layers.rlhf:37:22                   let.answer\n"
         "  over    the base, ../parts/base.rlhf:42:47  64\n\n"
-        "  most tokens of an answer\n\n"
+        "  longest answer, in tokens\n\n"
         "  type       a whole number from 1 to 1_048_576\n"
     )
     assert "generate_max_len (OpenRLHF)" in out
