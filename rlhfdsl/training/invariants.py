@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rlhfdsl.language.diagnostics import UserError
@@ -19,7 +21,8 @@ def ratio_is_one(first: torch.Tensor, second: torch.Tensor, mask: torch.Tensor, 
     """
     drift = ((first - second).abs() * mask).sum().item() / max(int(mask.sum()), 1)
     _require(
-        drift <= RATIO_TOLERANCE[dtype],
+        drift,
+        RATIO_TOLERANCE[dtype],
         "E0780",
         f"before the first update the policy's ratio to itself is not 1: mean |log ratio| is {drift:.2e}",
         "dropout of the actor must be 0 in PPO; anything else is a fault of the model's implementation",
@@ -31,7 +34,8 @@ def reference_agrees(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, mask:
     """The KL to a reference of the same weights is 0. Returns the mean |log ratio| over the mask."""
     drift = ((log_probs - ref_log_probs).abs() * mask).sum().item() / max(int(mask.sum()), 1)
     _require(
-        drift <= KL_TOLERANCE[dtype],
+        drift,
+        KL_TOLERANCE[dtype],
         "E0781",
         f"actor and reference start from the same weights but differ by {drift:.2e} nats a token before any update",
         "the weights on the disk changed while the stage was loading, or one of the two was loaded in another dtype",
@@ -44,7 +48,8 @@ def padding_is_ignored(score: torch.Tensor, padded_score: torch.Tensor, dtype: s
     drift = (score - padded_score).abs().max().item()
     bound = REWARD_TOLERANCE[dtype] * max(1.0, score.abs().max().item())
     _require(
-        drift <= bound,
+        drift,
+        bound,
         "E0782",
         f"extra padding changes the reward by {drift:.2e}",
         "the reward model does not respect its attention mask; `attention = eager` may help",
@@ -52,6 +57,11 @@ def padding_is_ignored(score: torch.Tensor, padded_score: torch.Tensor, dtype: s
     return drift
 
 
-def _require(holds: bool, code: str, message: str, help: str) -> None:
-    if not holds:
+def _require(drift: float, bound: float, code: str, message: str, help: str) -> None:
+    if not math.isfinite(drift):  # no sign of two forwards that differ: the numbers of both are spoilt
+        raise UserError(
+            "E0794", "what a model computes before any update is not finite",
+            help="weights that it starts from are nan or inf, or they overflow in fp16: dtype = bf16 or fp32",
+        )  # fmt: skip
+    if drift > bound:
         raise UserError(code, message, help=help)

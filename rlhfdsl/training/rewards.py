@@ -188,7 +188,7 @@ def endpoint(url: str, timeout: float) -> Function:
 
     def ask(prompts: list[str], answers: list[str]) -> Sequence[float]:
         def failed(why: str) -> UserError:
-            help = f"it was asked for the scores of {len(answers)} answers"
+            help = f"it was asked to score {len(answers)} answers; when it works, the same command goes on"
             return UserError("E0742", f"POST {url} {why}", help=help)
 
         body = json.dumps({"prompts": prompts, "answers": answers}).encode()
