@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import deepspeed
 import torch
@@ -103,16 +104,26 @@ class Engine(ABC):
         where they may be read without the padding."""
 
     def packing(self, lengths: torch.Tensor, width: int, total: int | None) -> Packing | None:
-        """How the next pass reads rows of `lengths` [B] that are padded to `width`: as they are (None), or packed.
+        """How a pass reads rows of `lengths` [B] that are padded to `width`: as they are (None), or packed.
 
         total: tokens of the rows, where the caller knows it.
         """
-        found = None
-        if total is not None and self.cost.packed(total, len(lengths) * width):
-            found = Packing.of(lengths, width, total)
+        if total is None or not self.cost.packed(total, len(lengths) * width):
+            return None
+        return Packing.of(lengths, width, total)
+
+    @contextlib.contextmanager
+    def _packed(self, packing: Packing | None) -> Iterator[None]:
+        """A forward pass over packed rows; the backward pass, which may compute layers anew, is over them too."""
         if self.rows is not None:
-            self.rows.packing = found
-        return found
+            self.rows.packing = packing
+        yield
+        if not torch.is_grad_enabled():
+            self._unpack()
+
+    def _unpack(self) -> None:
+        if self.rows is not None:
+            self.rows.packing = None
 
     @torch.no_grad()
     def _packs_right(self) -> bool:
@@ -138,6 +149,7 @@ class Engine(ABC):
         finite = loss.detach().isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
         self.deepspeed.backward(loss, scale_wrt_gas=False)
+        self._unpack()
 
     def overflows(self) -> bool:
         """Whether the accumulated gradients of an fp16 engine overflowed on any rank; False in other types.
@@ -227,7 +239,7 @@ class PolicyEngine(Engine):
         """
         self.pulse(f"{self.name}: forward")
         self.wake()
-        self.packing(lengths, ids.shape[1], None)
+        self._unpack()
         inputs = forward_inputs(self.module, ids, lengths)
         if first and takes(type(self.module), "logits_to_keep"):
             return self.deepspeed(**inputs, logits_to_keep=ids.shape[1] - first).logits
@@ -250,9 +262,10 @@ class PolicyEngine(Engine):
         self.pulse(f"{self.name}: forward")
         self.wake()
         inputs, places = packed_inputs(self.module, ids, packing), packing.indices(rows, columns)
-        if takes(type(self.module), "logits_to_keep"):
-            return self.deepspeed(**inputs, logits_to_keep=places).logits[0], None
-        return self.deepspeed(**inputs).logits[0], places
+        with self._packed(packing):
+            if takes(type(self.module), "logits_to_keep"):
+                return self.deepspeed(**inputs, logits_to_keep=places).logits[0], None
+            return self.deepspeed(**inputs).logits[0], places
 
 
 class BasePolicy:
@@ -349,7 +362,9 @@ class ScalarEngine(Engine):
         """
         self.pulse(f"{self.name}: forward")
         self.wake()
-        return self.deepspeed(ids, lengths, self.packing(lengths, ids.shape[1], total))
+        packing = self.packing(lengths, ids.shape[1], total)
+        with self._packed(packing):
+            return self.deepspeed(ids, lengths, packing)
 
     def scores(self, ids: torch.Tensor, lengths: torch.Tensor, total: int | None = None) -> torch.Tensor:
         """fp32 [B]: the scalar at the last real token of each row. total: as of `scalars`."""

@@ -216,12 +216,13 @@ class OnPolicy(ABC):
     def shaped(self, scored: Scored) -> Tensor:
         """Scores as the algorithm sees them, [B]: clipped, moved by `missing_eos` where the answer did not end, and
         less the penalty of a long answer."""
-        reward, longest, scores = self.settings["reward"], self.settings["rollout"]["answer"], scored.scores
+        reward, scores = self.settings["reward"], scored.scores
         if reward["clip"] is not None:
             scores = scores.clamp(-reward["clip"], reward["clip"])
         scores = scores + reward["missing_eos"] * ~scored.ended
         if reward["overlong"] is not None:
-            scores = scores - overlong_penalty(scored.mask.sum(1), longest, **reward["overlong"])
+            longest, lengths = self.settings["rollout"]["answer"], scored.mask.sum(1)
+            scores = scores - overlong_penalty(lengths, longest, **reward["overlong"])
         return scores
 
     def penalty(self, scored: Scored) -> Tensor:

@@ -177,7 +177,8 @@ def scored(*scores, terms=None):
 
 
 def trainer(reward=None, **settings):
-    return SimpleNamespace(settings={"reward": settings}, kl_coefficient=0.1, engines=SimpleNamespace(reward=reward))
+    settings = {"reward": {"overlong": None} | settings}
+    return SimpleNamespace(settings=settings, kl_coefficient=0.1, engines=SimpleNamespace(reward=reward))
 
 
 def test_the_clip_comes_before_what_is_added_for_an_answer_without_an_end():
