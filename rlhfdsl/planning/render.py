@@ -50,16 +50,18 @@ def _header(plan: Json) -> list[str]:
     lock = f"{known} of {len(keys)} inputs known"
     if known == len(keys):
         lock = f"complete ({figures.count(known, 'input')})"
-    device = target["gpu"] or target["device"]
     origin = "detected" if target["origin"] == "detected" else f"by {target['origin']}"
-    size = f"{figures.count(target['nodes'], 'node')} x {target['gpus']} {device}"
-    if target["memory"] is not None:
-        size += f", {figures.gib(target['memory'])} GiB each"
     strict = "   deterministic" if recipe["determinism"] == "strict" else ""
     return [
         f"recipe  {recipe['name']}   seed {recipe['seed']}{strict}   lock {lock}",
-        f"target  {size} ({origin})",
+        f"target  {devices(target)} ({origin})",
     ]
+
+
+def devices(target: Json) -> str:
+    """The devices of a plan's target: `1 node x 8 a100-80g, 80.0 GiB each`."""
+    size = f"{figures.count(target['nodes'], 'node')} x {target['gpus']} {target['gpu'] or target['device']}"
+    return size if target["memory"] is None else f"{size}, {figures.gib(target['memory'])} GiB each"
 
 
 _SIGNS = {"run": "+", "rerun": "~", "resume": ">", "cached": "=", "refused": "!"}

@@ -62,7 +62,7 @@ def runs(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 
 def _of_run(run: Path) -> Iterator[Entry]:
-    made = _keys(run)
+    made = keys_of(run)
     for folder in sorted(run.iterdir(), key=_order):
         if folder.is_symlink() or not folder.is_dir():
             continue
@@ -95,7 +95,7 @@ def _order(folder: Path) -> tuple[str, int, str]:
     return match["stage"], int(match["number"] or 0), folder.name
 
 
-def _keys(run: Path) -> dict[str, str]:
+def keys_of(run: Path) -> dict[str, str]:
     """The keys of a run's plan; none when it is of a form that this program does not read."""
     try:
         return keys.keys(json.loads((run / "plan.json").read_text(encoding="utf-8")))

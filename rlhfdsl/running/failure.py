@@ -78,7 +78,7 @@ def explain(stage: Json, partial: Path, watch: Watch, code: int) -> UserError:
         silent = watch.silent()
         killed = (silent[0] if len(silent) == 1 else -1, -code % 256)
     # A rank that was killed says nothing; the others then fail in their next collective call, each in its own words.
-    errors = sorted(watch.errors(), key=lambda entry: (entry["code"] is None, entry["peer"]))
+    errors = _errors(watch)
     if errors and (errors[0]["code"] is not None or killed is None):
         return _said(stage, partial, errors[0], kept)
     if killed is None and shutil.disk_usage(partial).free < NO_ROOM:
@@ -94,6 +94,17 @@ def explain(stage: Json, partial: Path, watch: Watch, code: int) -> UserError:
         if number == signal.SIGKILL:
             help = "the system does so when memory runs out (`dmesg` tells), and so do schedulers; " + help
     return UserError(DIED, f"{stage['address']}: {how} and left no message", at=stage["address"], help=help + kept)
+
+
+def left_by(stage: Json, partial: Path) -> UserError | None:
+    """What the rank that failed first said of it, of a stage that broke off; None when none could."""
+    errors = _errors(Watch(partial, patience=0.0))
+    return _said(stage, partial, errors[0], _kept(partial)) if errors else None
+
+
+def _errors(watch: Watch) -> list[Json]:
+    """What ranks died of, first what is not a consequence of another's end."""
+    return sorted(watch.errors(), key=lambda entry: (entry["code"] is None, entry["peer"]))
 
 
 def hangs(stage: Json, partial: Path, watch: Watch) -> UserError:

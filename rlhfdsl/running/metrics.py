@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,36 @@ class MetricsFollower:
                 yield self._event(line)
 
     def _event(self, line: bytes) -> dict[str, Any]:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or "event" not in event:
-            raise UserError("E0720", "a line of the metrics is damaged", place=f"{self.path}:{self.lines}",
-                            help="take the line out, or delete the stage's folder to run it again")  # fmt: skip
-        return event
+        return _object(line, {"event"}, f"{self.path}:{self.lines}", "metrics")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All events of a finished stage."""
     return list(MetricsFollower(path).new())
+
+
+def read_texts(path: Path, names: Set[str]) -> list[dict[str, Any]]:
+    """The lines of a stage's samples.jsonl or answers.jsonl, each with `names`; none where the stage wrote none.
+
+    Raises UserError for a line that is damaged; the last one may still be written.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        lines = [line for line in file if line.endswith(b"\n")]
+    return [_object(line, names, f"{path}:{number}", "texts") for number, line in enumerate(lines, 1)]
+
+
+def _object(line: bytes, names: Set[str], place: str, what: str) -> dict[str, Any]:
+    """A line as the object that it holds, which has `names`."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not names <= found.keys():
+        raise UserError("E0720", f"a line of the {what} is damaged", place=place,
+                        help="take the line out, or delete the stage's folder to run it again")  # fmt: skip
+    return found
 
 
 def _plain(value: Any) -> Any:

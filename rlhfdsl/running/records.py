@@ -20,8 +20,9 @@ _TIMED = ("time", "seconds", "tokens_per_second", "generated_per_second", "tflop
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One stage of a run: its result.json (None while it is not complete), and its metrics."""
+    """One stage of a run: its folder, its result.json (None while it is not complete), and its metrics."""
 
+    folder: Path
     result: Json | None
     events: list[Json]
 
@@ -56,6 +57,11 @@ def is_run(path: Path) -> bool:
 def plan_of(folder: Path) -> Json:
     """The plan of a run, also of another version of this program. Raises UserError when it cannot be read."""
     path = folder / "plan.json"
+    if not path.is_file():
+        help = "give the folder that `rlhf run` wrote, e.g. runs/quickstart"
+        if is_run(folder.parent):
+            help = f"it lies in a run: give `{folder.parent}`"
+        raise UserError("E0720", f"`{folder}` is not a run: it has no plan.json", help=help)
     try:
         plan: Json = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -73,7 +79,7 @@ def read(folder: Path) -> Run:
         home = folder / Path(stage["output"]).name
         home = home if home.is_dir() else partial_of(home)
         if home.is_dir():
-            stages[stage["address"]] = Record(read_result(home), read_metrics(home / "metrics.jsonl"))
+            stages[stage["address"]] = Record(home, read_result(home), read_metrics(home / "metrics.jsonl"))
     return Run(folder, plan, stages)
 
 
@@ -85,9 +91,14 @@ def truth(run: Run) -> str:
         if record is None:
             continue
         for row in measured.rows(stage, measured.of_events(record.events)):
-            what = "GiB at most" if row.unit == "GiB" else "s for each " + measured.unit(stage)
-            rows.append([stage["address"], f"{row.phase or 'in all'}, {what}", *measured.cells(row)])
+            rows.append([stage["address"], *truth_cells(stage, row)])
     return "\n".join(figures.table(rows)) + "\n"
+
+
+def truth_cells(stage: Json, row: measured.Row) -> list[str]:
+    """What is compared, predicted, measured and how far off, as a table shows it."""
+    what = "GiB at most" if row.unit == "GiB" else "s for each " + measured.unit(stage)
+    return [f"{row.phase or 'in all'}, {what}", *measured.cells(row)]
 
 
 # ---- two runs

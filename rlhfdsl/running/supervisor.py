@@ -103,6 +103,18 @@ def _alone(output: Path) -> Iterator[None]:
         yield
 
 
+def at_work(output: Path) -> bool:
+    """Whether a `rlhf run` holds a run's folder now."""
+    try:
+        with (output / ".running").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # it never ran here, or on a file system without locks
+    return False
+
+
 class Signals:
     """Counts the signals that ask a run to end. Use as a context manager, in the main thread.
 
