@@ -67,7 +67,7 @@ def left_behind(plan: dict[str, Any]) -> list[str]:
         for name, path in stage["artifacts"].items()
     ]
     lines = ["models, in Hugging Face form:", *(f"  {row}" for row in table(models))]
-    lines.append(f"metrics: {output}/STAGE/metrics.jsonl")
+    lines.append(f"curves and samples: rlhf report {output}")
     if any("policy" in stage["artifacts"] for stage in plan["stages"]):
         lines.append(f"talk to it: rlhf chat {output}")
     return lines

@@ -11,6 +11,7 @@ from rlhfdsl.cli.main import main
 SMALL = ["bench", "rollout", "--device", "cpu", "--prompt", "4", "--answer", "2", "--format", "json"]
 
 
+@pytest.mark.slow
 def test_the_table_is_all_that_is_printed_even_where_its_file_cannot_be_written(tmp_path):
     """More at once than the 128 slots in which the answers that end by themselves are sampled."""
     command = [sys.executable, "-m", "rlhfdsl", *SMALL, "--rows", "130", "-o", str(tmp_path / "nowhere" / "table.json")]

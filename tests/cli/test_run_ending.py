@@ -16,7 +16,7 @@ def test_a_finished_run_names_every_model_and_how_to_talk_to_it():
         "  reward  reward  runs/mine/reward/model",
         "  ppo     policy  runs/mine/ppo/actor",
         "  ppo     ema     runs/mine/ppo/actor-ema",
-        "metrics: runs/mine/STAGE/metrics.jsonl",
+        "curves and samples: rlhf report runs/mine",
         "talk to it: rlhf chat runs/mine",
     ]
     assert not any("chat" in line for line in left_behind(plan(reward)))  # a reward model writes no text
