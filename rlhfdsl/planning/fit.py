@@ -96,7 +96,7 @@ def _place(
     for need in needs:
         if need.shares is not None:
             stages[need.name] = stages[need.shares][0], f"the {need.shares}'s base, with its adapters off"
-    # One forward for an actor and the reference on its base where a forward gathers the weights (engines/engine.py).
+    # One forward for an actor and the reference on its base where a forward gathers the weights (engines/base.py).
     pair = {x for n in needs if n.shares and rollout and stages[n.name][0] == 3 for x in (n.name, n.shares)}
     averages = {n.name: 4 * n.learns // target.world if n.ema and n.learns else 0 for n in needs}
     known = [s for s in states.values() if s is not None]

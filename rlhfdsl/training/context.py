@@ -13,8 +13,9 @@ import torch
 
 from rlhfdsl.data.edge import load_edge
 from rlhfdsl.engines import distributed
+from rlhfdsl.engines.base import BasePolicy
 from rlhfdsl.engines.checkpoint.keeper import Carries, Keeper
-from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine
+from rlhfdsl.engines.engine import Engine, PolicyEngine
 from rlhfdsl.models.loading import load_model, make_scratch, partitioned
 from rlhfdsl.models.tokenizers import generation_settings, load_tokenizer, stop_ids
 from rlhfdsl.planning.checkpoints import pickles

@@ -22,7 +22,8 @@ from rlhfdsl.data.edge import Pair
 from rlhfdsl.data.order import batch_rows
 from rlhfdsl.engines import distributed
 from rlhfdsl.engines.artifacts import save_model
-from rlhfdsl.engines.engine import BasePolicy, PolicyEngine
+from rlhfdsl.engines.base import BasePolicy
+from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.training import effort, invariants
 from rlhfdsl.training.context import Context, due
 from rlhfdsl.training.losses import preference_loss

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhfdsl.engines import distributed
-from rlhfdsl.engines.engine import BasePolicy, Engine
+from rlhfdsl.engines.base import BasePolicy
+from rlhfdsl.engines.engine import Engine
 
 
 def sampling(engine: Engine, prompts: Tensor, lengths: Tensor) -> Tensor:

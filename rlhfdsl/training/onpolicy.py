@@ -20,9 +20,10 @@ from torch import Tensor
 from rlhfdsl.data.edge import Example, Prompt
 from rlhfdsl.data.order import order
 from rlhfdsl.engines import distributed
+from rlhfdsl.engines.base import BasePolicy
 from rlhfdsl.engines.distributed import all_sum
 from rlhfdsl.engines.ema import MovingAverage
-from rlhfdsl.engines.engine import BasePolicy, Engine, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.engine import Engine, PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Rollout, Sampling
 from rlhfdsl.engines.rollout.sampling import Distribution

@@ -8,7 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rlhfdsl.engines.engine import BasePolicy, BesideBase, PolicyEngine
+from rlhfdsl.engines.base import BasePolicy, BesideBase
+from rlhfdsl.engines.engine import PolicyEngine
 from rlhfdsl.training.losses import token_statistics
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhfdsl.data.edge import Prompt
-from rlhfdsl.engines.engine import BasePolicy, BesideBase, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.base import BasePolicy, BesideBase
+from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.interface import Prompts, Rollout, Sampling, left_padded
 from rlhfdsl.engines.rollout.sampling import row_seeds

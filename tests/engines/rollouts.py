@@ -6,8 +6,8 @@ import torch
 from small import spec
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlhfdsl.engines.base import BasePolicy, BesideBase
 from rlhfdsl.engines.distributed import world
-from rlhfdsl.engines.engine import BasePolicy, BesideBase
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout import parity
 from rlhfdsl.engines.rollout.eager import EagerSampler

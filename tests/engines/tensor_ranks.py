@@ -22,7 +22,7 @@ from rollouts import LORA, joined, judged, learn, same, sampled, tiny
 from small import spec
 
 from rlhfdsl.engines import distributed
-from rlhfdsl.engines.engine import BasePolicy, BesideBase
+from rlhfdsl.engines.base import BasePolicy, BesideBase
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler
 from rlhfdsl.engines.rollout.interface import Rollout

@@ -13,8 +13,9 @@ from test_peephole import Slow, same_logits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.engines.artifacts import save_model
+from rlhfdsl.engines.base import BasePolicy
 from rlhfdsl.engines.ema import MovingAverage
-from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.graph import GraphSampler

@@ -6,7 +6,8 @@ from rollouts import LORA, TYPES, tiny, tiny_model
 from small import engine, scratch, spec
 
 from rlhfdsl.engines import passes
-from rlhfdsl.engines.engine import BasePolicy, BesideBase, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.base import BasePolicy, BesideBase
+from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.passes import PassCost
 from rlhfdsl.models.inputs import forward_inputs, length_mask, packed_inputs
 from rlhfdsl.models.packing import Packing

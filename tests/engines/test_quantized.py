@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhfdsl.engines import artifacts
 from rlhfdsl.engines.artifacts import save_model
-from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.base import BasePolicy
+from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.engines.rollout.eager import EagerSampler
 from rlhfdsl.engines.rollout.fusing import products

@@ -5,7 +5,8 @@ import torch
 from small import engine, spec
 from test_ppo import STOP, prompts, settings
 
-from rlhfdsl.engines.engine import BasePolicy, PolicyEngine, ScalarEngine
+from rlhfdsl.engines.base import BasePolicy
+from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.training.onpolicy import Engines
 from rlhfdsl.training.ppo import Trainer
