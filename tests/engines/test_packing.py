@@ -144,6 +144,21 @@ def test_a_model_in_which_rows_meet_outside_attention_is_read_with_its_padding(t
     assert actor.packing(LENGTHS, 19, TOTAL) is None
 
 
+def test_a_model_that_cannot_read_one_row_of_all_is_read_with_its_padding(tmp_path, caplog):
+    class Refuses(PolicyEngine):
+        def _packs_right(self) -> bool:
+            def of_three(_, given):
+                if len(given[0]) != 3:
+                    raise ValueError("three rows, please")
+
+            self.module.model.embed_tokens.register_forward_pre_hook(of_three)
+            return super()._packs_right()
+
+    actor = engine(Refuses, scratch(tmp_path / "small"), spec())
+    assert not actor.cost.packs and "since three rows, please" in caplog.text
+    assert actor.rows.packing is None
+
+
 def test_a_recipe_can_say_no(tmp_path):
     actor = engine(PolicyEngine, scratch(tmp_path / "small"), spec() | {"packing": False})
     assert not actor.cost.packs and actor.packing(LENGTHS, 19, TOTAL) is None
