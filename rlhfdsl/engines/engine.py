@@ -267,7 +267,7 @@ class PolicyEngine(Engine):
             return logits.flatten(0, 1), rows * logits.shape[1] + columns - first
         self.pulse(f"{self.name}: forward")
         self.wake()
-        inputs, places = packed_inputs(self.module, ids, packing), packing.indices(rows, columns)
+        inputs, places = packed_inputs(ids, packing), packing.indices(rows, columns)
         with self._packed(packing):
             if takes(type(self.module), "logits_to_keep"):
                 return self.deepspeed(**inputs, logits_to_keep=places).logits[0], None

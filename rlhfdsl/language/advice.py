@@ -84,7 +84,7 @@ def cuts(blocks: Blocks) -> Found:
         rollout = stage.blocks.get("rollout")
         if rollout is None:
             continue
-        cut = [name for name in ("top_k", "top_p") if rollout.written(name) and rollout[name] is not None]
+        cut = [name for name in ("top_k", "top_p") if rollout.written(name) and isinstance(rollout[name], int | float)]
         if cut:
             verb = "cut" if len(cut) > 1 else "cuts"
             names = " and ".join(f"`{name}`" for name in cut)

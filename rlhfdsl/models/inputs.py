@@ -40,8 +40,8 @@ def forward_inputs(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -
     return arguments
 
 
-def packed_inputs(model: nn.Module, ids: torch.Tensor, packing: Packing) -> dict:
-    """Keyword arguments of `model.forward` for the real tokens of right-padded `ids` [B, T], as one row [1, N]."""
+def packed_inputs(ids: torch.Tensor, packing: Packing) -> dict:
+    """Keyword arguments of a model's forward for the real tokens of right-padded `ids` [B, T], as one row [1, N]."""
     return {"input_ids": packing.gathered(ids), "position_ids": packing.positions, "use_cache": False}
 
 

@@ -41,7 +41,7 @@ class ScalarModel(nn.Module):
         """
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
         ids = ids.clamp(max=self.config.get_text_config().vocab_size - 1)
-        inputs = forward_inputs(backbone, ids, lengths) if packing is None else packed_inputs(backbone, ids, packing)
+        inputs = forward_inputs(backbone, ids, lengths) if packing is None else packed_inputs(ids, packing)
         scalars = self.classifier.score(backbone(**inputs).last_hidden_state).squeeze(-1)
         return scalars if packing is None else packing.spread(scalars)
 

@@ -46,7 +46,7 @@ def test_logits_and_gradients_are_those_of_padded_rows(name):
             return
         if packed:
             rows.packing = Packing.of(LENGTHS, 19, TOTAL)
-            logits = model(**packed_inputs(model, IDS, rows.packing)).logits[0]
+            logits = model(**packed_inputs(IDS, rows.packing)).logits[0]
         else:
             logits = model(**forward_inputs(model, IDS, LENGTHS)).logits[REAL]
         logits.log_softmax(-1).square().sum().backward()
