@@ -74,12 +74,6 @@ class BesideBase:
         self.base = base
 
     @torch.no_grad()
-    def logits(self, ids: torch.Tensor, lengths: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Logits [2 B, T - first, V] for right-padded `ids` [2 B, T], of the columns from `first` on."""
-        with adapters_on_half(self.base.layers, ids.numel()):
-            return self.base.engine.logits(ids, lengths, first)
-
-    @torch.no_grad()
     def logits_at(
         self, ids: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, first: int = 0,
         total: int | None = None,

@@ -128,7 +128,8 @@ def one_forward(name: str, device: str) -> None:
     try:
         policy = of(lambda: engine.logits(ids, lengths))
         alone = of(lambda: base.logits(ids, lengths))
-        both = of(lambda: BesideBase(base).logits(ids.repeat(2, 1), lengths.repeat(2)))
+        first = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        both = of(lambda: BesideBase(base).logits_at(ids.repeat(2, 1), lengths.repeat(2), first, first))
     finally:
         partition_parameters._dist_allgather_fn = gather
     adapters = sum(p.ds_numel for p in engine.module.parameters() if p.requires_grad)
