@@ -35,7 +35,8 @@ _SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One configuration. other: the shape of critic and reward model. batch: of an update, `prompts` of a rollout."""
+    """One configuration. other: the shape of critic and reward model. batch: of an update, `prompts` of a rollout.
+    mixed: rows of the lengths of conversations, not all of `length`."""
 
     stage: str
     model: str
@@ -50,20 +51,33 @@ class Case:
     micro: int = 8
     length: int = 512
     dtype: str = "bf16"
+    mixed: bool = False
+    packing: bool = True
 
     @property
     def name(self) -> str:
         words = [self.stage, self.model + (f"+{self.other}" if self.other else ""), f"zero{self.zero}"]
-        words += [f"batch{self.batch}"] if self.stage == "ppo" and self.batch != 32 else []
+        words += [f"batch{self.batch}"] if (self.stage == "ppo" or self.mixed) and self.batch != 32 else []
         words += [f"offload-{self.offload}"] if self.offload != "off" else []
         words += [f"tensor{self.tensor}"] if self.tensor > 1 else []
         words += ["ckpt"] if self.checkpointing else []
         words += [f"lora{self.lora}"] if self.lora else []
         words += [self.base] if self.base != "full" else []
+        words += ["mixed"] if self.mixed else []
+        words += ["padded"] if not self.packing else []
         return "-".join(words)
 
 
 _SFT, _REWARD, _PPO = Case("sft", "125m"), Case("reward", "125m", batch=16, micro=4), Case("ppo", "125m", "125m")
+# Rows of unequal lengths, which run without their padding, and beside each the same with it.
+_MIXED = (
+    replace(_SFT, mixed=True, micro=16),
+    replace(_SFT, mixed=True, model="1b", batch=64, micro=16),
+    replace(_SFT, mixed=True, model="1.3b", batch=16),
+    replace(_SFT, mixed=True, model="1.3b", batch=64, micro=16),
+    replace(_SFT, mixed=True, model="1.3b", batch=64, checkpointing=True, micro=16),
+    replace(_REWARD, mixed=True, model="1.3b", batch=32),
+)
 GRID = (
     replace(_SFT, micro=16, batch=64),
     replace(_SFT, model="0.5b"),
@@ -90,6 +104,7 @@ GRID = (
     replace(_PPO, model="1.3b", zero=3),
     replace(_PPO, model="1.3b", other="1.3b", checkpointing=True),
     replace(_PPO, model="6.7b", lora=16, checkpointing=True, micro=4),
+    *(replace(case, packing=packing) for case in _MIXED for packing in (True, False)),
 )  # fmt: skip
 # One iteration of 256 + 256 tokens: DeepSpeed-Chat's first row, a grouped-query model, and the largest actors of one
 # 80 GB GPU.
@@ -103,8 +118,15 @@ PPO = (
     replace(_PPO, model="13b", other="350m", lora=16, base="nf4", checkpointing=True, micro=4),
     replace(_PPO, model="66b", other="350m", lora=16, base="nf4", checkpointing=True, batch=8, micro=8),
 )
-# The first of them as several ranks can have it.
-SPREAD = (replace(PPO[0], zero=2), replace(PPO[0], zero=3), replace(PPO[0], zero=3, tensor=2))
+# The first of them as several ranks can have it, and with a batch for each of two.
+SPREAD = (
+    replace(PPO[0], zero=2),
+    replace(PPO[0], zero=3),
+    replace(PPO[0], zero=3, tensor=2),
+    replace(PPO[0], zero=2, batch=256),
+    replace(PPO[0], zero=3, batch=256),
+    replace(PPO[0], zero=3, tensor=2, batch=256),
+)
 TINY = (
     Case("sft", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
     Case("reward", "tiny", zero=0, batch=4, micro=2, length=64, dtype="fp32"),
@@ -180,6 +202,8 @@ def measure(case: Case, device: str, args: argparse.Namespace) -> Json:
         return {"name": name, "error": found["error"], "predicted": stage["memory"]["peak"]}
     what = measured.Measured(found["peak"], found["peaks"], found["seconds"])
     compared = [[row.phase, row.unit, row.predicted, row.measured] for row in measured.rows(stage, what)]
+    if found.get("gather") is not None:
+        compared += [["gather, of generate", "GiB", None, None], ["gather, of generate", "s", None, found["gather"]]]
     planned_as = {"memory": stage["memory"], "time": stage["time"], "target": planned.plan["target"]}
     return {"name": name, "plan": planned_as, "measured": found, "rows": compared}
 
@@ -219,6 +243,7 @@ def recipe(case: Case) -> str:
     """The recipe of a configuration."""
     parallel = f"zero = {case.zero}, micro = {case.micro}"
     parallel += f", gradient_checkpointing = {'on' if case.checkpointing else 'off'}, offload = {case.offload}"
+    parallel += "" if case.packing else ", packing = off"
     if case.dtype == "fp32":
         parallel = f"micro = {case.micro}"
     lora = f", lora {{ rank = {case.lora}, base = {case.base} }}" if case.lora else ""
@@ -263,8 +288,12 @@ def _model(name: str, case: Case, shape: str, more: str = "") -> str:
 
 
 def rows(case: Case, count: int) -> Iterator[Json]:
-    """Rows of English words that fill the length of a stage: a byte is a token of the byte tokenizer."""
+    """Rows of English words, a byte of them a token of the byte tokenizer: they fill the length of a stage, or
+    have half of them under 121 tokens and a deviation of 120, much as the conversations of Anthropic's hh-rlhf."""
     draw = random.Random(7)
+
+    def length() -> int:
+        return max(16, min(case.length, int(draw.lognormvariate(4.8, 0.8)))) if case.mixed else case.length
 
     def words(size: int) -> str:
         text = ""
@@ -275,10 +304,11 @@ def rows(case: Case, count: int) -> Iterator[Json]:
     turns = len("\n\nHuman: \n\nAssistant: ") + 2  # and the first and the last token
     for _ in range(count):
         if case.stage == "sft":
-            yield {"text": words(2 * case.length)}
+            yield {"text": words(length() - 2 if case.mixed else 2 * case.length)}
         elif case.stage == "reward":
-            prompt, answer = case.length // 4, case.length - case.length // 4 - turns
-            yield {"prompt": words(prompt), "chosen": words(answer), "rejected": words(answer)}
+            prompt = case.length // 4 if not case.mixed else 32
+            chosen, rejected = (max(length() - prompt - turns, 1) for _ in range(2))
+            yield {"prompt": words(prompt), "chosen": words(chosen), "rejected": words(rejected)}
         else:
             yield {"prompt": words(case.length // 2 - turns + 2)}  # which ends behind "Assistant:"
 

@@ -14,6 +14,7 @@ import importlib
 import json
 import math
 import os
+import statistics
 import sys
 import time
 import zlib
@@ -39,6 +40,7 @@ class Gauge:
         self.start = 0
         self.peaks: dict[str, int] = {}
         self.updates: list[dict[str, float]] = []
+        self.gathers: list[float] = []  # seconds of each copy of the weights for a rollout
 
     def peak(self) -> int:
         """Bytes at most since the last call."""
@@ -50,6 +52,14 @@ class Gauge:
         found = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return found
+
+    def clock(self) -> float:
+        """Seconds, once the device has done what it was told."""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def built(self) -> None:
         """An engine stands: what it took to make it is another number than what it takes to train."""
@@ -76,6 +86,7 @@ class Gauge:
         return {
             "peak": peak, "peaks": self.peaks if cuda else {}, "start": self.start if cuda else None,
             "seconds": medians(self.updates), "updates": len(self.updates),
+            "gather": statistics.median(self.gathers[1:] or self.gathers) if self.gathers else None,
         }  # fmt: skip
 
 
@@ -113,6 +124,7 @@ def measure(plan: dict[str, Any], address: str, base: Path, updates: int, second
     from deepspeed.utils import logger
 
     from rlhfdsl.engines import distributed
+    from rlhfdsl.engines.rollout.weights import CopiedWeights
     from rlhfdsl.training import onpolicy
 
     logger.setLevel(logging.WARNING)
@@ -123,7 +135,7 @@ def measure(plan: dict[str, Any], address: str, base: Path, updates: int, second
     # ranks end after the same update, and their clocks are their own
     gauge = Gauge(updates, seconds if distributed.world() == 1 else math.inf, device)
     _random_weights(plan, base, device)
-    _watch(onpolicy.OnPolicy, gauge)
+    _watch(onpolicy.OnPolicy, CopiedWeights, gauge)
     context = _context(plan, stage, base, device, gauge)
     with contextlib.suppress(Enough):
         importlib.import_module(f"rlhfdsl.training.{stage['kind']}").run(context)
@@ -185,7 +197,7 @@ def _random_weights(plan: dict[str, Any], base: Path, device: Any) -> None:
     loading.AutoModelForSequenceClassification = Made(loading.AutoModelForSequenceClassification, [loading.HEAD])
 
 
-def _watch(on_policy: Any, gauge: Gauge) -> None:
+def _watch(on_policy: Any, copied: Any, gauge: Gauge) -> None:
     """Tell the gauge where sampling ends and training begins; a first rollout is not checked, which costs time."""
     sample, train = on_policy.sample, on_policy.train_step
 
@@ -202,6 +214,15 @@ def _watch(on_policy: Any, gauge: Gauge) -> None:
         return train(self, *args, **kwargs)
 
     on_policy.sample, on_policy.train_step, on_policy.check = sampled, trained, lambda *_: {}
+    refresh = copied.refresh
+
+    @functools.wraps(refresh)
+    def refreshed(self: Any) -> None:
+        started = gauge.clock()
+        refresh(self)
+        gauge.gathers.append(gauge.clock() - started)
+
+    copied.refresh = refreshed
 
 
 if __name__ == "__main__":

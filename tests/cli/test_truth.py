@@ -59,6 +59,8 @@ def test_names(capsys):
     assert main(["bench", "truth", "--list", "--device", "cuda"]) == 0
     names = capsys.readouterr().out.split()
     assert len(set(names)) == len(names) >= 8
+    mixed = {name for name in names if "mixed" in name}
+    assert mixed and {name.removesuffix("-padded") for name in mixed} < mixed  # each with its padding too
     assert main(["bench", "truth", "--only", "nothing", "--device", "cuda"]) == 2
 
 
@@ -72,7 +74,7 @@ def test_two_ranks_are_planned_as_two(tmp_path, monkeypatch, capsys):
         return as_planned(folder, stage, args)
 
     monkeypatch.setattr(truth, "_child", child)
-    only = ["--only", "1.3b+350m-zero1-batch128", "zero2", "zero3"]
+    only = ["--only", "1.3b+350m-zero1-batch128", "zero2-batch128", "zero3-batch128"]
     assert main(["bench", "ppo", "--ranks", "2", "--gpu", "h100-80g", "--device", "cuda", *only]) == 0
     found = [(gpus, actor["zero"], actor["rollout"]["tensor"]) for gpus, actor in seen.values()]
     assert found == [(2, 1, 1), (2, 2, 1), (2, 3, 1), (2, 3, 2)]

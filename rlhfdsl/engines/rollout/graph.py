@@ -68,9 +68,9 @@ class GraphSampler(Sampler):
     def generate(self, request: Prompts, sampling: Sampling) -> Rollout:
         was_training = self.engine.module.training
         self.engine.eval()
-        if self.copied is not None:
-            self.copied.refresh()
         try:
+            if self.copied is not None:
+                self.copied.refresh()
             with over_rows(self.model), own_attention(self.model):
                 return self._generate(request, sampling)
         finally:
