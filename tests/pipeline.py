@@ -126,9 +126,9 @@ if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     folder, gpus, *stages = Path(arguments[0]), int(arguments[1]), *arguments[2:]
     os.chdir(folder)
-    from rlhfdsl.engines import passes
+    from rlhfdsl.planning import cut
 
-    passes.SPREAD = 0.0  # so that models as small as these run without padding too, other than on one rank
+    cut.SPREAD = 0.0  # so that models as small as these run without padding too, other than on one rank
     for zero in stages:
         sets, output = [f"parallel.shard.zero={zero}"], f"runs/{gpus}-{zero}"
         if zero == "3":

@@ -13,8 +13,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from rlhfdsl.engines import gradients, norms, passes
-from rlhfdsl.engines.passes import PassCost
+from rlhfdsl.engines import gathering, gradients, norms, passes
 from rlhfdsl.engines.resting import Resting
 from rlhfdsl.engines.schedule import learning_rate
 from rlhfdsl.language.diagnostics import UserError, first_line
@@ -22,14 +21,9 @@ from rlhfdsl.models.inputs import forward_inputs, length_mask, packed_inputs, ta
 from rlhfdsl.models.loading import parameter_count
 from rlhfdsl.models.packing import Packing
 from rlhfdsl.models.scalar import at_last
+from rlhfdsl.planning.cut import PassCost
 from rlhfdsl.planning.flops import UNKNOWN, Forward
-from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, LAYER_FORWARD
 
-# Parameters x tokens of a pass, forward and backward at 6 FLOPs each, that take as long as the launches of one of its
-# layers. An H100 reached 4e14 FLOP/s in passes, a core of a CPU 5e10.
-LAUNCHED = {
-    device: (1 + BACKWARD_LAUNCHES) * LAYER_FORWARD * flops / 6 for device, flops in (("cuda", 4e14), ("cpu", 5e10))
-}
 # Relative distance between a packed pass and a padded one: rounding, and far below what another row's tokens would do.
 PACKED_TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 
@@ -57,6 +51,8 @@ class Engine(ABC):
             model=module, model_parameters=parameters, config=copy.deepcopy(spec["deepspeed"])
         )
         self.device = self.deepspeed.device
+        if self.partitioned:
+            gathering.by_layer(self.module, self.deepspeed.optimizer)
         self.rows = passes.without_masks(self.module)
         if self.device.type == "cuda":
             norms.in_one_kernel(self.module)
@@ -69,7 +65,8 @@ class Engine(ABC):
         count = parameter_count(self.module)
         self.resting = Resting(self.module) if spec["offload"] == "idle" else None
         packs = self.rows is not None and spec["packing"] and self._packs_right()
-        self.cost = PassCost(layers * LAUNCHED[self.device.type] / count, packs)
+        tensors = sum(1 for _ in self.module.parameters()) if self.partitioned else 0
+        self.cost = PassCost.of(self.device.type, layers, count, packs, tensors)
         self.rest()
 
     def rest(self) -> None:

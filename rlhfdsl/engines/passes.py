@@ -20,12 +20,6 @@ from rlhfdsl.models.inputs import takes_positions
 from rlhfdsl.models.packing import Packing
 
 ROWS = "rlhfdsl_rows"  # the attribute under which the modules of a model find what a pass reads
-# Of a real token, what padding takes in a packed pass, where attention alone sees it: queries, keys, values and its
-# output are about a quarter of what a layer keeps for the backward pass.
-ATTENDED = 0.25
-# Of the launches of a pass, what it has beside them to spread tokens over their rows and to gather them: 12 kernels of
-# a layer, forwards and backwards, beside 60 or so.
-SPREAD = 0.2
 CAUSAL = "rlhfdsl_causal"  # transformers makes no mask for an attention that it does not know
 
 
@@ -55,32 +49,6 @@ def causal(
 
 
 AttentionInterface.register(CAUSAL, causal)
-
-
-@dataclass(frozen=True)
-class PassCost:
-    """What a pass over a micro batch takes, counted in real tokens, and so how it reads its rows.
-
-    launches: tokens that take as long as what a pass costs beside its tokens. packs: whether the model can be read
-    without padding.
-    """
-
-    launches: float
-    packs: bool = False
-
-    def packed(self, real: float, padded: float) -> bool:
-        """Whether rows of `real` tokens, `padded` with their padding, are read without it: a pass of few tokens is all
-        launches, and is faster with it."""
-        return self.packs and padded - real > SPREAD * self.launches / (1 - ATTENDED)
-
-    def tokens(self, real: float, padded: float) -> float:
-        """What it takes of the memory that a micro batch has."""
-        return real + ATTENDED * (padded - real) if self.packed(real, padded) else padded
-
-    def whole(self, real: float, padded: float) -> float:
-        """What it takes of the time."""
-        launches = self.launches * (1 + SPREAD * self.packed(real, padded))
-        return self.tokens(real, padded) + launches
 
 
 @dataclass

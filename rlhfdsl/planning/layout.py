@@ -61,6 +61,7 @@ class Need:
     shares: str | None = None  # the engine whose frozen base this one is, without weights of its own
     packed: int = 0  # of `count`, weights that a base in 4 bits packs, its own or the one that it shares
     nvme: str | None = None  # folder on a drive of each node, where what is offloaded lives
+    packing: bool = True  # whether rows may run without their padding
 
     @property
     def learns(self) -> int | None:

@@ -14,7 +14,7 @@ from rlhfdsl.planning.batches import largest_divisor, run_length
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.layout import Part, Rollout
 from rlhfdsl.planning.placing import Scope, engine, memory_of, place, sampler, time_of, why
-from rlhfdsl.planning.stages import Json, checkpoints, mean, seed_of, split, used, why_updates
+from rlhfdsl.planning.stages import Json, checkpoints, lengths, seed_of, split, used, why_updates
 from rlhfdsl.planning.written import writes_of
 
 
@@ -82,7 +82,7 @@ def on_policy(scope: Scope, block: Block, output: str) -> Json | None:
         model.shape.type if model.shape else "", 0, scope.target.device, rollout["engine"]
     )
     work = timing.OnPolicy(
-        sequences=per_rank, prompt=mean(edges["train"], rollout["prompt"]), answer=rollout["answer"],
+        sequences=per_rank, prompts=lengths(edges["train"], rollout["prompt"]), answer=rollout["answer"],
         updates=each, passes=update["epochs"], ptx=ptx_rank, length=length,
     )  # fmt: skip
     tensor = course.tensor(scope.problems, scope.target, at, rollout["tensor"], model.shape)

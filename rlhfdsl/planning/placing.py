@@ -148,6 +148,7 @@ def _need(scope: Scope, part: Part, parallel: Block | None, micro: int | None, s
         ours.get("stage3_max_live_parameters", deepspeed_config.LIVE), trained, lora, part.shares,
         (adapters.packed(model.shape) or 0) if part.in_4_bits else 0,
         None if parallel is None or offload in ("off", "idle") else parallel["nvme"],
+        parallel is None or parallel["packing"],
     )  # fmt: skip
 
 
@@ -167,13 +168,13 @@ def engine(
         course.schedule(scope.problems, part.at, warmup, schedule)
         escape.effects(scope.problems, group, placed)
         optimizer = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    lora, parallel = lora_of(scope, part), parallel_of(scope.recipe, part)
+    lora = lora_of(scope, part)
     return {
         "role": part.role, "trains": part.trains, "weights": weights_of(scope.recipe, part.reference),
         "base": model.address, "head": part.head, "dtype": model.dtype, "attention": model.entry["attention"],
         "lora": None if lora is None else lora.entry, "shares": part.shares,
         "dropout": group["dropout"] if part.trains and group is not None else 0.0,
-        "gradient_checkpointing": placed.checkpointing, "packing": parallel is None or parallel["packing"],
+        "gradient_checkpointing": placed.checkpointing, "packing": placed.need.packing,
         "zero": placed.zero, "offload": placed.offload,
         "nvme": placed.need.nvme,
         "micro": placed.micro, "accumulation": accumulation,

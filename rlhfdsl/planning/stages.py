@@ -14,6 +14,7 @@ from rlhfdsl.language.recipe import Block
 from rlhfdsl.planning import checks, course, timing
 from rlhfdsl.planning.adapters import in_4_bits
 from rlhfdsl.planning.batches import Misfit, run_length, share
+from rlhfdsl.planning.cut import Lengths
 from rlhfdsl.planning.entries import Wanted
 from rlhfdsl.planning.layout import Part
 from rlhfdsl.planning.placing import Scope, engine, memory_of, place, time_of, why
@@ -58,7 +59,7 @@ def supervised(scope: Scope, block: Block, output: str) -> Json | None:
     per_rank = split(scope, f"{at}.batch", "batch", batch, item)
     if per_rank is None:
         return None
-    work = timing.Supervised(mean(edges["train"], length))
+    work = timing.Supervised(lengths(edges["train"], length))
     placed = place(scope, at, [replace(part, per_rank=per_rank) for part in parts], None, work)
     if placed is None:
         return None
@@ -134,11 +135,11 @@ def used(edge: Json | None) -> int | None:
     return int(edge["facts"]["used"])
 
 
-def mean(edge: Json | None, length: int) -> float:
-    """Mean tokens of a sequence by the locked facts, else as many as it may have."""
+def lengths(edge: Json | None, length: int) -> Lengths:
+    """How long sequences are by the locked facts, else as many tokens as they may have."""
     if edge is None or edge["facts"] is None:
-        return float(length)
-    return float(edge["facts"]["lengths"]["mean"])
+        return Lengths(float(length))
+    return Lengths.of_facts(edge["facts"]["lengths"])
 
 
 def why_updates(known: bool, rows: int | None, batch: int, epochs: int | None, written: int | None) -> str:

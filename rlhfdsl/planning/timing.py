@@ -4,8 +4,8 @@ device and its host the slower; then the bytes that cross links, which are not h
 The FLOPs of a forward pass are those of flops.py; a backward pass takes twice as many, beside frozen weights (LoRA) as
 many; checkpointing one forward more. Norms, activations, adapters, losses and the optimizer are bound by their bytes
 (traffic.py). Weights in 4 bits are read back, matrix by matrix, in every pass and decode step. A decode step reads all
-weights and the live cache once. Batches are padded to their longest row, which is left out; an answer is taken to have
-its full length.
+weights and the live cache once. Rows of unequal lengths are cut into micro batches as trainers cut them (cut.py); an
+answer is taken to have its full length.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from rlhfdsl.planning import flops, memory, nvme, shards, traffic
+from rlhfdsl.planning import cut, flops, memory, nvme, shards, traffic
 from rlhfdsl.planning.adapters import linears
 from rlhfdsl.planning.catalog import Shape
+from rlhfdsl.planning.cut import BACKWARD_HOOKS, HOOKS, Lengths, PassCost
 from rlhfdsl.planning.hardware import Target
 from rlhfdsl.planning.layout import Fit, Placement, Sampling
 from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, HOST_MEMORY, Rates
@@ -34,27 +35,25 @@ READ = 3 / traffic.LAYER_LAUNCHES  # of the launches of a layer, for each matrix
 # hooks at every tensor (H100: OPT-1.3B).
 CHECKPOINT = 1.3
 REDUCE, HOP = 6.6e-6, 0.6e-6  # seconds: of a small sum over devices on NVLink (NCCL's tuning.cc: ring, LL)
-# Seconds of ZeRO 3's hooks for each parameter tensor in each pass, on the host of an H100: OPT-1.3B has 388 tensors.
-HOOKS = 0.42e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Supervised:
-    """One update of an sft, reward or dpo stage: rows of `length` tokens on average."""
+    """One update of an sft, reward or dpo stage: how long its sequences are."""
 
-    length: float
+    lengths: Lengths
 
 
 @dataclass(frozen=True, slots=True)
 class OnPolicy:
-    """One rollout of a ppo, grpo or rloo stage on one device: `sequences` of `prompt` + `answer` tokens on average.
+    """One rollout of a ppo, grpo or rloo stage on one device: `sequences` of prompts and of answers of `answer` tokens.
 
     updates: optimizer updates; passes: times that each sequence is trained on; ptx: rows of `length` tokens at the
     ptx batch of each update.
     """
 
     sequences: int
-    prompt: float
+    prompts: Lengths
     answer: int
     updates: int
     passes: int
@@ -82,21 +81,21 @@ def seconds(fit: Fit, work: Work, target: Target) -> dict[str, float] | None:
             need = engine.placed.need
             rows = need.per_rank * need.sequences
             if need.trains:
-                times["train"] = _together(engine.update(rows, work.length, 1))
+                times["train"] = _together(engine.update(rows, work.lengths, 1))
             else:
-                times["score"] = _together(engine.passes(rows, work.length, train=False))
+                times["score"] = _together(engine.passes(rows, work.lengths, train=False))
         return times
     if fit.sampling is None:
         return None
-    whole = work.prompt + work.answer
-    said = work.answer / whole
+    whole = work.prompts.behind(work.answer)
+    said = work.answer / whole.mean
     actor = engines["actor"]
     learning = [engine for engine in engines.values() if engine.placed.need.trains]
     train = [e.update(work.sequences * work.passes, whole, work.updates, said) for e in learning]
     if work.ptx:
-        train.append(actor.passes(work.ptx * work.updates, work.length, train=True))
+        train.append(actor.passes(work.ptx * work.updates, Lengths(work.length), train=True, cuts=work.updates))
     return {
-        "generate": actor.generate(work.sequences, fit.sampling, work.prompt, work.answer),
+        "generate": actor.generate(work.sequences, fit.sampling, work.prompts.mean, work.answer),
         "score": _together(*(engine.score(work.sequences, whole, said) for engine in engines.values())),
         "train": _together(*train),
     }
@@ -162,6 +161,11 @@ class _Clock:
         return traffic.launches(self.placed.need.dtype, self.placed.zero)
 
     @property
+    def tensors(self) -> int:
+        """Parameter tensors."""
+        return traffic.tensors(self.shape, not self.causal)
+
+    @property
     def trained_tensors(self) -> int:
         return traffic.trained_tensors(self.shape, not self.causal, self.placed.need.lora)
 
@@ -181,34 +185,47 @@ class _Clock:
         each = flops.forward(self.shape, self.count, causal=self.causal, tensor=tensor)
         return each.token + said * each.said + length * each.attended
 
-    def score(self, sequences: float, length: float, said: float) -> _Passes:
+    def score(self, sequences: float, lengths: Lengths, said: float) -> _Passes:
         """Reading `sequences`: of a joint pass of actor and reference all is the actor's."""
         if not self.placed.joint:
-            read = self.passes(sequences, length, said, train=False)
+            read = self.passes(sequences, lengths, said, train=False)
             return replace(read, after=read.after + self.woken)
         if self.placed.need.shares:
             return _Passes(0.0, 0.0, 0.0)
-        return self.passes(sequences, length, said, train=False, copies=2)
+        return self.passes(sequences, lengths, said, train=False, copies=2)
 
-    def passes(self, sequences: float, length: float, said: float = 1.0, *, train: bool, copies: int = 1) -> _Passes:
-        """Forward (and backward) passes over `sequences`, in micro batches.
+    def passes(
+        self, sequences: float, lengths: Lengths, said: float = 1.0, *, train: bool, copies: int = 1, cuts: int = 1
+    ) -> _Passes:
+        """Forward (and backward) passes over `sequences`, in `cuts` minibatches that are cut into micro batches.
 
         said: the share of tokens whose logits are needed, those of answers where a policy reads its own. copies: times
         that each row is in its micro batch.
         """
-        need, tokens = self.placed.need, sequences * length * copies
-        micros = sequences / (self.placed.micro * need.sequences)
+        need, causal = self.placed.need, self.causal
+        items = sequences / need.sequences / cuts
+        cost = PassCost.of(
+            self.target.device, self.shape.layers, self.count, need.packing and not need.eager,
+            self.tensors if self.placed.zero == 3 else 0, need.sequences,
+        )  # fmt: skip
+        one = cut.passes(lengths, items, self.placed.micro * need.length, cost)
+        each = flops.forward(self.shape, self.count, causal=causal)
+        times = copies * need.sequences * cuts
+        tokens, logits = times * one.computed, said * times * one.real
         forwards = 1 + self.placed.checkpointing if train else 1
         products = forwards + (1 if need.lora else 2) * train  # frozen weights need no gradient, their inputs do
-        compute = products * tokens * self.flops(length, said) / (self.rates.matmul * self.rates.train)
-        moved = tokens * self.moved(length, said, forwards, train) + micros * self.summed(train)
-        moved += micros * (forwards + train) * self.read_back
+        work = tokens * each.token + logits * each.said + times * one.attended * each.attended
+        compute = products * work / (self.rates.matmul * self.rates.train)
+        moved = tokens * self.moved(one.attended / one.computed, forwards, train)
+        moved += logits * self.lost(train) * causal
+        micros, launched = one.count * cuts, one.launched * cuts
+        moved += micros * (self.summed(train) + (forwards + train) * self.read_back)
         return _Passes(
-            compute + moved / self.rates.copy, micros * self.host(forwards, train), micros * self.links(train)
+            compute + moved / self.rates.copy, self.host(micros, launched, forwards, train), micros * self.links(train)
         )
 
-    def moved(self, length: float, said: float, forwards: int, train: bool) -> float:
-        """Bytes for each token of passes, beside matrix products."""
+    def moved(self, length: float, forwards: int, train: bool) -> float:
+        """Bytes for each token of passes, beside matrix products and the loss. length: columns that it sees."""
         need = self.placed.need
         layer = (forwards + traffic.BACKWARD * train) * traffic.layer(
             self.shape, length, need.dtype, need.eager, self.target.device
@@ -216,24 +233,26 @@ class _Clock:
         if need.lora is not None:
             layer += forwards * traffic.adapters(need.lora, need.dtype, backward=False)
             layer += traffic.adapters(need.lora, need.dtype, backward=True) * train
-        moved = self.shape.layers * layer
-        if self.causal:
-            moved += said * self.shape.vocab * traffic.loss(self.target.device, need.dtype, backward=False)
-            moved += said * self.shape.vocab * traffic.loss(self.target.device, need.dtype, backward=True) * train
-        return moved
+        return self.shape.layers * layer
+
+    def lost(self, train: bool) -> float:
+        """Bytes of the loss for each token whose logits it reads."""
+        device, dtype = self.target.device, self.placed.need.dtype
+        moved = traffic.loss(device, dtype, backward=False) + traffic.loss(device, dtype, backward=True) * train
+        return self.shape.vocab * moved
 
     def summed(self, train: bool) -> float:
         """Bytes of adding a micro batch's gradients to their sums."""
         return traffic.sums(self.placed.need.dtype, self.placed.zero, self.target.world) * self.learns * train
 
-    def host(self, forwards: int, train: bool) -> float:
-        """Seconds in which the host launches a micro batch."""
-        out = (forwards + BACKWARD_LAUNCHES * train) * self.layers * self.rates.forward
-        out += (forwards + train) * self.reading * self.rates.forward
-        out += (forwards - 1) * CHECKPOINT * self.shape.layers * self.rates.forward
+    def host(self, micros: float, launched: float, forwards: int, train: bool) -> float:
+        """Seconds in which the host launches micro batches. launched: how many plain ones would take it as long."""
+        layers = (forwards + BACKWARD_LAUNCHES * train) * self.layers + (forwards - 1) * CHECKPOINT * self.shape.layers
+        reading = (forwards + train) * self.reading
+        out = (launched * layers + micros * reading) * self.rates.forward
         if self.placed.zero == 3:
-            out += (forwards + train) * traffic.tensors(self.shape, not self.causal) * HOOKS
-        return out + self.launches[0] * self.trained_tensors * self.launch * train
+            out += micros * (forwards * HOOKS + train * BACKWARD_HOOKS) * self.tensors
+        return out + micros * self.launches[0] * self.trained_tensors * self.launch * train
 
     @property
     def read_back(self) -> float:
@@ -267,7 +286,7 @@ class _Clock:
         bandwidth = self.rates.link if self.target.nodes == 1 else self.rates.network
         return size * (world - 1) / world / bandwidth
 
-    def update(self, sequences: float, length: float, updates: int, said: float = 1.0) -> _Passes:
+    def update(self, sequences: float, lengths: Lengths, updates: int, said: float = 1.0) -> _Passes:
         """`updates` optimizer updates over `sequences`."""
         zero, world = self.placed.zero, self.target.world
         size, dtype = self.width * self.learns, self.placed.need.dtype
@@ -286,7 +305,7 @@ class _Clock:
             step += self.across(2 * size)  # gradients to their owners, weights back
         elif zero == 2:
             step += self.across(size)
-        passes = self.passes(sequences, length, said, train=True)
+        passes = self.passes(sequences, lengths, said, train=True, cuts=updates)
         return replace(passes, after=passes.after + updates * step)
 
     def generate(self, sequences: int, sampling: Sampling, prompt: float, answer: int) -> float:

@@ -1,10 +1,4 @@
-"""How the rows of a minibatch are cut into micro batches: like lengths together, short rows more at a time.
-
-A micro batch is padded to its longest row, so rows of mixed lengths waste most of a pass, or its attention where the
-rows are packed; and a pass costs its launches however short its rows are, which for a small model is most of its time.
-Losses are sums over the tokens of the whole minibatch, so the cut changes speed and rounding, never the gradient that
-is meant.
-"""
+"""The micro batches of a minibatch, cut by the lengths of its rows (planning/cut.py), on every rank as many."""
 
 from __future__ import annotations
 
@@ -15,7 +9,7 @@ from typing import Protocol
 import torch
 
 from rlhfdsl.engines import distributed
-from rlhfdsl.engines.passes import PassCost
+from rlhfdsl.planning.cut import PassCost, by_length
 
 
 class Reader(Protocol):
@@ -24,39 +18,6 @@ class Reader(Protocol):
     micro: int
 
     cost: PassCost
-
-
-def by_length(
-    lengths: Sequence[int], room: int, cost: PassCost, real: Sequence[float] | None = None
-) -> list[list[int]]:
-    """Row numbers in micro batches, the longest rows first: the cut that costs least.
-
-    room: tokens of a micro batch; a longer row is alone. real: tokens of a row where it has padding by itself, as a
-    pair of unequal sequences. The cost of the longest k rows is the least over the last micro batch among them.
-    """
-    real = lengths if real is None else real
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    least, begins = [0.0], [0]
-    for end in range(1, len(rows) + 1):
-        costs = []
-        own = 0.0
-        for start in range(end - 1, -1, -1):
-            own += real[rows[start]]
-            padded = (end - start) * lengths[rows[start]]
-            if start < end - 1 and cost.tokens(own, padded) > room:
-                if own > room or not cost.packs:
-                    break  # wider and more rows from here on
-                continue  # which have room once they are packed, maybe
-            costs.append((least[start] + cost.whole(own, padded), start))
-        taken, start = min(costs)
-        least.append(taken)
-        begins.append(start)
-    parts: list[list[int]] = []
-    end = len(rows)
-    while end:
-        parts.append(rows[begins[end] : end])
-        end = begins[end]
-    return parts[::-1]
 
 
 def in_parts(parts: list[list[int]], count: int) -> list[list[int]]:
@@ -89,7 +50,7 @@ def micro_parts(
 def micro_pairs(lengths: Sequence[tuple[int, int]], engine: Reader, longest: int) -> list[torch.Tensor]:
     """As `micro_parts` of one minibatch whose rows are pairs of sequences, read together and padded to the longer."""
     longer, mean = [max(pair) for pair in lengths], [sum(pair) / 2 for pair in lengths]
-    of_one = replace(engine.cost, launches=engine.cost.launches / 2)
+    of_one = replace(engine.cost, launches=engine.cost.launches / 2, hooks=engine.cost.hooks / 2)
     cut = by_length(longer, engine.micro * longest, of_one, mean)
     return _on_every_rank([cut], len(lengths))[0]
 

@@ -167,7 +167,7 @@ def test_a_chain_of_early_launches_is_in_order(dense):
     def chain():
         last = x
         for weight, out in zip(weights, outs, strict=True):
-            dense.product(dense.layer_norm(last, bias, bias, 1e-5), weight, bias, "relu", last, out)
+            dense.product(dense.layer_norm(last, bias, bias, 1e-5), weight, bias, None, "relu", last, out)
             last = out
 
     chain()
@@ -185,7 +185,7 @@ def test_a_chain_of_early_launches_is_in_order(dense):
             expected = torch.empty_like(x)
             normed = dense.layer_norm(last, bias, bias, 1e-5)
             torch.cuda.synchronize()
-            dense.product(normed, weight, bias, "relu", last, expected)
+            dense.product(normed, weight, bias, None, "relu", last, expected)
             torch.cuda.synchronize()
             assert torch.equal(out, expected)
             last = out

@@ -8,9 +8,9 @@ from small import engine, scratch, spec
 from rlhfdsl.engines import passes
 from rlhfdsl.engines.base import BasePolicy, BesideBase
 from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
-from rlhfdsl.engines.passes import PassCost
 from rlhfdsl.models.inputs import forward_inputs, length_mask, packed_inputs
 from rlhfdsl.models.packing import Packing
+from rlhfdsl.planning.cut import PassCost
 from rlhfdsl.training.losses import token_mean
 from rlhfdsl.training.reading import Targets, target_statistics
 

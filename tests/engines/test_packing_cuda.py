@@ -78,7 +78,7 @@ def test_updates_in_bf16_are_those_of_padded_rows(tmp_path, zero, checkpointing)
 def test_the_scalar_head_of_a_bf16_model_multiplies_in_fp32(tmp_path):
     one_rank()
     critic = engine(
-        ScalarEngine, scratch(tmp_path / "small"), spec("critic", zero=1, dtype="bf16", trains=False, device="cuda")
+        ScalarEngine, scratch(tmp_path / "small"), spec("critic", dtype="bf16", trains=False, device="cuda")
     )
     head = next(m for m in critic.module.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1)
     seen = []

@@ -17,6 +17,7 @@ from rlhfdsl.planning import compile, hardware, keys, lock, places, timing
 from rlhfdsl.planning.adapters import Lora, chosen, linears, packed
 from rlhfdsl.planning.advice import nearest
 from rlhfdsl.planning.catalog import lookup, parameters, shape
+from rlhfdsl.planning.cut import HOOKS, Lengths
 from rlhfdsl.planning.families import FAMILIES, GATED
 from rlhfdsl.planning.fit import fit
 from rlhfdsl.planning.layout import Need, Rollout
@@ -188,7 +189,8 @@ def test_a_training_step_by_hand():
     moved = tokens * (24 * layer + 50272 * 2 * (1 + 3)) + (10 + 46 + 16) * count
     launched = (24 * 6 * 2) * rates.forward / 30  # a step's, for each matrix of an adapter
     placed = fit([need], None, one)
-    assert seconds(placed, Supervised(512), one) == {"train": pytest.approx(passes + moved / rates.copy + launched)}
+    took = pytest.approx(passes + moved / rates.copy + launched)
+    assert seconds(placed, Supervised(Lengths(512)), one) == {"train": took}
 
 
 def placed_pair(zero):
@@ -202,7 +204,8 @@ def placed_pair(zero):
     ref = replace(actor, name="ref", count=parameters(entry), trains=False, trained=None, lora=None, shares="actor")
     four = gpus(4)
     placed = fit([actor, ref], Rollout(16, 256, 512), four)
-    return {p.need.name: p for p in placed.engines}, seconds(placed, OnPolicy(16, 256, 256, 1, 1, 0, 512), four)
+    took = seconds(placed, OnPolicy(16, Lengths(256), 256, 1, 1, 0, 512), four)
+    return {p.need.name: p for p in placed.engines}, took
 
 
 def test_actor_and_reference_are_one_pass_where_it_gathers(monkeypatch):
@@ -210,7 +213,7 @@ def test_actor_and_reference_are_one_pass_where_it_gathers(monkeypatch):
     rates_of(monkeypatch)
     joint, took = placed_pair(3)
     count = joint["actor"].need.count
-    assert took["score"] == pytest.approx(2 * (388 * timing.HOOKS + 2 * count * 3 / 4 / 1e11), rel=1e-3)
+    assert took["score"] == pytest.approx(2 * (388 * HOOKS + 2 * count * 3 / 4 / 1e11), rel=1e-3)
     apart, took = placed_pair(2)
     assert took["score"] < 1e-3 and not apart["actor"].joint and not apart["ref"].joint
     # Activations are of twice the rows; beside them ZeRO 3 keeps the same weights whole.
@@ -284,7 +287,7 @@ def test_seconds_of_a_base_in_4_bits_by_hand(monkeypatch, rows, copy):
     monkeypatch.setattr(timing, "READ", 0.0)  # launches
     for given in (need, replace(need, packed=0)):
         placed = fit([given], Rollout(rows, 256, 512, "graph"), one)
-        took.append(seconds(placed, OnPolicy(rows, 256, 256, 1, 1, 0, 512), one))
+        took.append(seconds(placed, OnPolicy(rows, Lengths(256), 256, 1, 1, 0, 512), one))
     packed, whole = took
     again = (0.515869140625 + 2) * need.packed / copy
     lies = 0.515869140625 * need.packed / copy
@@ -300,7 +303,7 @@ def test_stage_3_is_never_derived_for_a_base_in_4_bits(monkeypatch):
     for target in (gpus(1, 1), gpus(4, 1)):
         (placed,) = fit([need], Rollout(8, 256, 512, "graph"), target).engines
         assert placed.zero <= 2 and placed.offload in ("off", "optimizer")
-        told = [way.words for way in nearest([need], None, target, Supervised(512))]
+        told = [way.words for way in nearest([need], None, target, Supervised(Lengths(512)))]
         assert not any("zero = 3" in words or "both" in words for words in told)
 
 

@@ -3,8 +3,9 @@
 import pytest
 from workshop import rates_of
 
-from rlhfdsl.planning import hardware, memory, timing
+from rlhfdsl.planning import cut, hardware, memory, timing
 from rlhfdsl.planning.catalog import lookup, parameters, shape
+from rlhfdsl.planning.cut import Lengths
 from rlhfdsl.planning.fit import fit
 from rlhfdsl.planning.generation import at_once
 from rlhfdsl.planning.hardware import MIB, Target
@@ -32,7 +33,7 @@ def iteration(batch):
     models = {"actor": "1.3b", "critic": "350m", "ref": "1.3b", "reward": "350m"}
     needs = [need(name, f"facebook/opt-{size}", batch, 512, micro=16) for name, size in models.items()]
     placed = fit(needs, Rollout(batch, 256, 512), H100)
-    return seconds(placed, OnPolicy(batch, 256, 256, 1, 1, 0, 512), H100)
+    return seconds(placed, OnPolicy(batch, Lengths(256), 256, 1, 1, 0, 512), H100)
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(16, 1095), (64, 3472), (128, 7606)])
@@ -66,10 +67,10 @@ def test_a_training_step_by_hand(monkeypatch):
     }
     four = Target("cuda", "h100-80g", 81559 * MIB, 1, 4, "--gpus")
     placed = fit([need("policy", "facebook/opt-1.3b", 8, 512, zero=2, micro=4, checkpointing=False)], None, four)
-    assert seconds(placed, Supervised(512), four) == {"train": pytest.approx(sum(step.values()))}
+    assert seconds(placed, Supervised(Lengths(512)), four) == {"train": pytest.approx(sum(step.values()))}
     # Over two nodes the slower network carries the same bytes.
     two = Target("cuda", "h100-80g", 81559 * MIB, 2, 2, "--gpus")
-    slow = seconds(placed, Supervised(512), two)["train"]
+    slow = seconds(placed, Supervised(Lengths(512)), two)["train"]
     assert slow - sum(step.values()) == pytest.approx(9 * (step["reduced"] + step["gathered"]))
 
 
@@ -89,14 +90,14 @@ def test_a_step_over_shards_by_hand(monkeypatch):
     step = (2 * (count - layers * 3 / 4) + cache) / 1e12 + 24 * timing.GRAPH_LAYER + sums
     prompts = 2 * 24 * (6.6e-6 + 6 * 0.6e-6 + 64 * 256 * 2048 * 2 * 6 / 4 / 1e11)
     gathered = 2 * count * 7 / 8 / 1e11
-    found = seconds(placed, OnPolicy(16, 256, 256, 1, 1, 0, 512), eight)["generate"]
+    found = seconds(placed, OnPolicy(16, Lengths(256), 256, 1, 1, 0, 512), eight)["generate"]
     assert found == pytest.approx(prompts + 256 * step + gathered, rel=1e-3)
 
 
 def one_gpu(zero, **changed):
     """Seconds of an update of OPT-1.3B in 4 micro batches of 1 token on one H100, which its host decides."""
     one = need("policy", "facebook/opt-1.3b", 4, 1, zero=zero, micro=1, **{"checkpointing": False} | changed)
-    return seconds(fit([one], None, H100), Supervised(1), H100)["train"]
+    return seconds(fit([one], None, H100), Supervised(Lengths(1)), H100)["train"]
 
 
 def test_a_host_launches_layers_and_tensors(monkeypatch):
@@ -104,8 +105,8 @@ def test_a_host_launches_layers_and_tensors(monkeypatch):
     rates_of(monkeypatch, matmul=1e18, train=0.5, copy=1e18, forward=3e-3)
     assert one_gpu(1) == pytest.approx(4 * (4 * 24 * 3e-3 + 2 * 388 * 1e-4) + 388 * 1e-4, rel=1e-4)
     micro = 4 * 24 * 3e-3 + 3 * 388 * 1e-4
-    assert one_gpu(3) == pytest.approx(4 * (micro + 2 * 388 * timing.HOOKS) + 4 * 388 * 1e-4, rel=1e-4)
-    recomputed = 4 * (micro + (1 + 1.3) * 24 * 3e-3 + 3 * 388 * timing.HOOKS) + 4 * 388 * 1e-4
+    assert one_gpu(3) == pytest.approx(4 * (micro + 388 * (cut.HOOKS + cut.BACKWARD_HOOKS)) + 4 * 388 * 1e-4, rel=1e-4)
+    recomputed = 4 * (micro + (1 + 1.3) * 24 * 3e-3 + 388 * (2 * cut.HOOKS + cut.BACKWARD_HOOKS)) + 4 * 388 * 1e-4
     assert one_gpu(3, checkpointing=True) == pytest.approx(recomputed, rel=1e-4)
 
 
@@ -128,8 +129,8 @@ def test_a_policy_that_reads_its_answers_makes_their_logits_only():
     rates, entry = H100.rates("bf16"), shape(lookup("facebook/opt-1.3b"))
     one = need("actor", "facebook/opt-1.3b", 16, 512, zero=1, micro=16, checkpointing=False)
     placed = fit([one], Rollout(16, 256, 512), H100)
-    whole = seconds(placed, OnPolicy(16, 256, 256, 1, 1, 0, 512), H100)["train"]
-    all_said = seconds(placed, OnPolicy(16, 0, 512, 1, 1, 0, 512), H100)["train"]
+    whole = seconds(placed, OnPolicy(16, Lengths(256), 256, 1, 1, 0, 512), H100)["train"]
+    all_said = seconds(placed, OnPolicy(16, Lengths(0), 512, 1, 1, 0, 512), H100)["train"]
     left = 16 * 256 * 50272
     less = 3 * left * 2 * entry.embed / (rates.matmul * rates.train) + left * 8 / rates.copy
     assert all_said - whole == pytest.approx(less)
@@ -139,7 +140,7 @@ def test_checkpointing_offload_and_zero_3_cost_time():
     def took(**changed):
         target = Target("cuda", "a100-80g", 81920 * MIB, 1, 8, "--gpus")
         placed = fit([need("policy", "facebook/opt-13b", 16, 512, micro=4, **changed)], None, target)
-        return seconds(placed, Supervised(512), target)["train"]
+        return seconds(placed, Supervised(Lengths(512)), target)["train"]
 
     plain = took(zero=2, checkpointing=False)
     assert took(zero=2, checkpointing=True) > 1.2 * plain
@@ -185,7 +186,7 @@ def test_a_captured_step_of_few_sequences_has_fewer_kernels(dtype):
         actor = need("actor", "facebook/opt-1.3b", rows, 512, zero=1, micro=1, checkpointing=False, dtype=dtype)
         placed = fit([actor], Rollout(rows, 256, 512, "graph"), one)
         assert placed.sampling.rows == rows
-        found.append(seconds(placed, OnPolicy(rows, 256, 256, 1, 1, 0, 512), one)["generate"])
+        found.append(seconds(placed, OnPolicy(rows, Lengths(256), 256, 1, 1, 0, 512), one)["generate"])
     saved = 24 * 256 * (timing.GRAPH_LAYER - timing.GRAPH_LAYER_OF_FEW)
     more = found[1] - found[0]
     assert more > saved if dtype == "bf16" else more < saved

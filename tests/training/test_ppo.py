@@ -10,11 +10,11 @@ from small import engine, scratch, spec
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhfdsl.data.edge import Example, Prompt
-from rlhfdsl.engines import passes
 from rlhfdsl.engines.ema import MovingAverage
 from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.language.diagnostics import UserError
+from rlhfdsl.planning import cut
 from rlhfdsl.training.onpolicy import Engines
 from rlhfdsl.training.ppo import Trainer
 from rlhfdsl.training.rewards import ModelReward
@@ -112,10 +112,10 @@ class Slow:
         return rows
 
 
-@pytest.fixture(params=[passes.SPREAD, 0.0], ids=["padded", "packed"])
+@pytest.fixture(params=[cut.SPREAD, 0.0], ids=["padded", "packed"])
 def spread(request, monkeypatch):
     """Whether models as small as these run without their padding: in earnest theirs is worth less than the launches."""
-    monkeypatch.setattr(passes, "SPREAD", request.param)
+    monkeypatch.setattr(cut, "SPREAD", request.param)
 
 
 @pytest.mark.usefixtures("spread")
