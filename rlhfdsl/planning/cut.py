@@ -23,8 +23,8 @@ ATTENDED = 0.25
 # a layer, forwards and backwards, beside 60 or so.
 SPREAD = 0.2
 # Seconds that ZeRO 3 takes of a host for each parameter tensor: in a forward pass, and in a backward pass, which also
-# reduces the gradient (hosts of two H200: PPO of OPT-1.3B with OPT-350M, of 388 tensors each).
-HOOKS, BACKWARD_HOOKS = 0.1e-3, 0.2e-3
+# reduces the gradient (PPO of OPT-1.3B with OPT-350M, 388 tensors each, on two H200; in the middle of two hosts).
+HOOKS, BACKWARD_HOOKS = 0.085e-3, 0.3e-3
 # FLOP/s of passes, at 6 FLOPs for each parameter and token: an H100's, and those of a core of a CPU.
 SPEED = {"cuda": 4e14, "cpu": 5e10}
 

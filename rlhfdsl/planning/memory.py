@@ -1,10 +1,10 @@
 """Bytes on a device: model states under ZeRO, activations of one micro batch, the KV cache of a rollout.
 
 Model states follow DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs`,
-`estimate_zero3_model_states_mem_needs`) for 16-bit weights at stages 2 and 3, and a test holds them equal;
-stages 0 and 1, fp32 and engines that only infer extend the same bookkeeping. Activations are closed forms,
-stated beside each function. They leave out the allocator's slack and the CUDA context, for which `USABLE` leaves
-room.
+`estimate_zero3_model_states_mem_needs`) for 16-bit weights at stages 2 and 3, but for the gradients of stage 2, and a
+test holds them so; stages 0 and 1, fp32 and engines that only infer extend the same bookkeeping. Activations are closed
+forms, stated beside each function. They leave out the allocator's slack and the CUDA context, for which `USABLE`
+leaves room.
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ def states(
     4) and only ZeRO keeps a second copy as master weights. Stage 1 shards master weights and moments, stage 2
     the gradients too, stage 3 everything, with one module gathered at a time.
 
+    At stage 2 a 16-bit gradient goes when its bucket is reduced into the fp32 sums of the device's part, which stay on
+    the device where the optimizer is offloaded too; at stage 1 with offload there are fp32 sums of all parameters, and
+    of the part at the step. (DeepSpeed's estimator has the 16-bit gradients, and no gradient beside offload.)
+
     The fp32 gradients of bf16 at stage 1 and those of stage 3 are buffers that an engine has from its start, and
     sets to 0 after each step (`runtime/bf16_optimizer.py`, `runtime/zero/stage3.py` of DeepSpeed 0.19.8); the others
     are given back with the step (`runtime/zero/stage_1_and_2.py`). Of bf16 at stage 1 a gradient is added to its sum
@@ -97,15 +101,15 @@ def states(
         return States(count, held, grads * learns, (12 if half else 8) * learns, 0)
     if zero < 3 and offload != "off":
         host = int(learns * max(4 * world, 16) * 1.5)
-        return States(count, held, width * learns if zero == 1 else 0, 0, host)
+        part = 4 * learns // world if half else 0
+        return States(count, held, part + (4 * learns if zero == 1 else 0), 0, host)
     if zero == 1 and dtype == "bf16":
         sums = 4 * learns
         return States(count, held, sums + width * min(largest, learns), 12 * learns // world, 0, sums)
     if zero == 1:
         return States(count, held, grads * learns, 12 * learns // world, 0)
     if zero == 2:
-        gradients = grads * learns // world
-        return States(count, held, gradients, (grads + 12) * learns // world - gradients, 0)
+        return States(count, held, 4 * learns // world, 12 * learns // world, 0)
     if offload == "both":
         return States(count, gathered, 0, 0, int((count * width + learns * 16) * (1 / nodes) * 1.5))
     shard = width * count // world

@@ -220,9 +220,8 @@ class _Clock:
         moved += logits * self.lost(train) * causal
         micros, launched = one.count * cuts, one.launched * cuts
         moved += micros * (self.summed(train) + (forwards + train) * self.read_back)
-        return _Passes(
-            compute + moved / self.rates.copy, self.host(micros, launched, forwards, train), micros * self.links(train)
-        )
+        after = micros * (self.links(train) + self.hooks(forwards, train))
+        return _Passes(compute + moved / self.rates.copy, self.host(micros, launched, forwards, train), after)
 
     def moved(self, length: float, forwards: int, train: bool) -> float:
         """Bytes for each token of passes, beside matrix products and the loss. length: columns that it sees."""
@@ -250,9 +249,13 @@ class _Clock:
         layers = (forwards + BACKWARD_LAUNCHES * train) * self.layers + (forwards - 1) * CHECKPOINT * self.shape.layers
         reading = (forwards + train) * self.reading
         out = (launched * layers + micros * reading) * self.rates.forward
-        if self.placed.zero == 3:
-            out += micros * (forwards * HOOKS + train * BACKWARD_HOOKS) * self.tensors
         return out + micros * self.launches[0] * self.trained_tensors * self.launch * train
+
+    def hooks(self, forwards: int, train: bool) -> float:
+        """Seconds of a micro batch that ZeRO 3 takes the host, which waits for the device in them."""
+        if self.placed.zero != 3:
+            return 0.0
+        return (forwards * HOOKS + train * BACKWARD_HOOKS) * self.tensors
 
     @property
     def read_back(self) -> float:

@@ -119,7 +119,7 @@ def test_passes_by_hand():
     lengths = Lengths(6.5, ((0.7, 3.0), (0.75, 20.0), (1.0, 20.0)))
     rows = lengths.rows(4)
     whole = sum(rows)
-    packed = passes(lengths, 4, 60, PassCost(7, True))
+    packed = passes(lengths, 4, 60, PassCost(20, True))
     assert (packed.count, packed.real, packed.computed) == pytest.approx((1, whole, whole))
     assert (packed.attended, packed.launched) == pytest.approx((4 * rows[-1] ** 2, 1 + SPREAD))
     padded = passes(lengths, 4, 60, PassCost(50))
