@@ -272,7 +272,9 @@ class PolicyEngine(Engine):
 
 
 class ScalarEngine(Engine):
-    """A reward or value model: one number for each position."""
+    """A reward or value model: one number for each position, less `mean` and over `deviation`."""
+
+    mean, deviation = 0.0, 1.0
 
     def read(self, ids: torch.Tensor, lengths: torch.Tensor, total: int | None) -> torch.Tensor:
         return self.scalars(ids, lengths, total)[length_mask(lengths, ids.shape[1])]
@@ -286,7 +288,7 @@ class ScalarEngine(Engine):
         self.wake()
         packing = self.packing(lengths, ids.shape[1], total)
         with self._packed(packing):
-            return self.deepspeed(ids, lengths, packing)
+            return (self.deepspeed(ids, lengths, packing) - self.mean) / self.deviation
 
     def scores(self, ids: torch.Tensor, lengths: torch.Tensor, total: int | None = None) -> torch.Tensor:
         """fp32 [B]: the scalar at the last real token of each row. total: as of `scalars`."""

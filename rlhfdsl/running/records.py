@@ -41,12 +41,16 @@ class Run:
 
     @property
     def versions(self) -> Json:
-        """Versions of packages and of Python, and the devices, of the last stage that is complete."""
+        """Versions of packages and of Python, and the devices, of the last stage that is complete; what its result does
+        not say is not there."""
         done = [record.result for record in self.stages.values() if record.result is not None]
         if not done:
             return {}
-        target = {f"target.{name}": done[-1]["target"][name] for name in ("device", "gpu", "world")}
-        return {**done[-1]["versions"], "python": done[-1]["python"], **target}
+        found: Json = dict(done[-1].get("versions", {}))
+        if "python" in done[-1]:
+            found["python"] = done[-1]["python"]
+        target = done[-1].get("target", {})
+        return found | {f"target.{name}": target[name] for name in ("device", "gpu", "world") if name in target}
 
 
 def is_run(path: Path) -> bool:

@@ -18,7 +18,7 @@ from rlhfdsl.training.evaluation import answer, report_answers, summary
 from rlhfdsl.training.experience import Experience
 from rlhfdsl.training.gate import pass_gate
 from rlhfdsl.training.onpolicy import Engines, OnPolicy
-from rlhfdsl.training.rewards import ModelReward, Reward, TextReward, Weighted, endpoint, function_of
+from rlhfdsl.training.rewards import ModelReward, Reward, TextReward, Weighted, endpoint, function_of, saved_with
 
 
 def make_engines(context: Context) -> Engines:
@@ -26,7 +26,7 @@ def make_engines(context: Context) -> Engines:
     settings = context.settings
     longest = settings["rollout"]["prompt"] + settings["rollout"]["answer"]
     actor = context.engine("actor", HybridEngine)
-    critic = context.engine("critic", ScalarEngine) if "critic" in context.stage["engines"] else None
+    critic = make_critic(context) if "critic" in context.stage["engines"] else None
     ref = context.reference(actor)
 
     def decode(ids: list[int]) -> str:
@@ -48,6 +48,19 @@ def make_engines(context: Context) -> Engines:
     terms = [(source["name"], source["weight"], reward_of(source)) for source in sources]
     reward = terms[0][2] if len(terms) == 1 else Weighted(terms)
     return Engines(actor, ref, reward, critic)
+
+
+def make_critic(context: Context) -> ScalarEngine:
+    """PPO's critic.
+
+    One that begins as a reward model begins on the scale of the rewards: less the mean that the model was saved with,
+    and over its deviation where rewards are divided by theirs. What is saved has both beside its weights.
+    """
+    critic = context.engine("critic", ScalarEngine)
+    critic.mean, deviation = saved_with(critic)
+    if context.settings["reward"]["normalize"] and deviation > 0:
+        critic.deviation = deviation
+    return critic
 
 
 def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
@@ -99,11 +112,7 @@ def run(context: Context, algorithm: type[OnPolicy]) -> dict[str, float]:
     context.report("eval", update=batch["rollouts"], of=batch["rollouts"], **result)
     save_model(engines.actor, context.tokenizer, context.artifact("policy"), stop_ids=context.stop_ids)
     if engines.critic is not None:
-        # What it gives are values: mean and deviation of the scores that it began with are not theirs.
-        plain = {"reward_mean": 0.0, "reward_std": 0.0}
-        save_model(
-            engines.critic, context.tokenizer, context.artifact("critic"), stop_ids=context.stop_ids, extra=plain
-        )
+        save_model(engines.critic, context.tokenizer, context.artifact("critic"), stop_ids=context.stop_ids)
     if trainer.average is not None:
         trainer.average.write()
         if before:

@@ -49,10 +49,9 @@ class ModelReward:
 
     def __init__(self, engine: ScalarEngine, *, longest: int, normalize: bool = False):
         self.engine, self.longest = engine, longest
-        config = engine.module.config
-        self.mean = float(getattr(config, "reward_mean", 0.0))
-        self.deviation = float(getattr(config, "reward_std", 0.0)) if normalize else 1.0
-        if not self.deviation > 0:
+        engine.mean, deviation = saved_with(engine)
+        engine.deviation = deviation if normalize else 1.0
+        if not engine.deviation > 0:
             raise UserError(
                 "E0311", f"`normalize` has no effect: `{engine.spec['base']}` was saved with no deviation of scores",
                 at=engine.spec["base"],
@@ -64,7 +63,14 @@ class ModelReward:
         (parts,) = micro_parts(answers.lengths.tolist(), self.engine, self.longest)
         scores = read(answers, parts, lambda part: self.engine.scores(part.ids, part.lengths, part.total))
         self.engine.rest()
-        return (scores - self.mean) / self.deviation
+        return scores
+
+
+def saved_with(engine: ScalarEngine) -> tuple[float, float]:
+    """Mean and deviation of the scores that a reward model gave when it was saved, 0 where it was saved without."""
+    config = engine.module.config
+    mean, deviation = (float(getattr(config, name, 0.0)) for name in ("reward_mean", "reward_std"))
+    return mean, deviation
 
 
 class TextReward:

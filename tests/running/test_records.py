@@ -53,6 +53,15 @@ def test_a_run_is_read(tmp_path):
     assert found.versions == {"torch": "2.9", "python": "3.11", **{f"target.{k}": v for k, v in TARGET.items()}}
 
 
+def test_a_result_that_does_not_say_where_it_ran(tmp_path, capsys):
+    folders = [run(tmp_path / name) for name in ("a", "b")]
+    for path in folders[0].glob("*/result.json"):
+        path.write_text('{"evaluation": {}}')
+    assert records.read(folders[0]).versions == {}
+    assert main(["diff", *map(str, folders)]) == 0
+    assert "python" in capsys.readouterr().out
+
+
 def test_predicted_beside_measured(tmp_path, capsys):
     # the first update warms up, the median of 0.4 and 0.2 is 0.3 s
     assert main(["plan", "--measured", str(run(tmp_path / "a"))]) == 0

@@ -3,6 +3,7 @@
 import copy
 import statistics
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rlhfdsl.engines.engine import PolicyEngine, ScalarEngine
 from rlhfdsl.engines.hybrid import HybridEngine
 from rlhfdsl.language.diagnostics import UserError
 from rlhfdsl.planning import cut
+from rlhfdsl.training.loop import make_critic
 from rlhfdsl.training.onpolicy import Engines
 from rlhfdsl.training.ppo import Trainer
 from rlhfdsl.training.rewards import ModelReward
@@ -32,6 +34,7 @@ SETTINGS = {
     "ptx": None, "critic": {"warmup_rollouts": 0}, "log": 1, "eval_every": None, "samples_every": None,
 }  # fmt: skip
 STOP = tuple(range(0, 259, 9))
+SCALE = 0.3, 2.0  # of the critic: the mean that is taken off, and the deviation
 PROMPTS = [[10, 20, 30], [7], [1, 2, 3, 4, 5, 6, 7, 8], [200, 100]]
 
 
@@ -55,6 +58,7 @@ def trainer(source, other, settings=SETTINGS, micro=3, dropout=0.0, at_once=3, f
             engine(ScalarEngine, source, spec("reward", trains=False, micro=3) | still, seed=12), longest=28
         ),
     )
+    engines.critic.mean, engines.critic.deviation = SCALE
     return Trainer(engines, settings, at_once=at_once, stop_ids=STOP, pad_id=258, seed=5)
 
 
@@ -88,6 +92,9 @@ class Slow:
         hidden = model.model(torch.tensor([sequence])).last_hidden_state[0]
         return hidden @ model.score.weight[0]
 
+    def values(self, sequence):
+        return (self.scalars(self.critic, sequence) - SCALE[0]) / SCALE[1]
+
     def advantages(self, sequences, starts, ended, settings):
         """Per row: old log-probabilities, values, rewards, raw advantages, returns; in plain Python loops."""
         rows = []
@@ -95,7 +102,7 @@ class Slow:
             with torch.no_grad():
                 old = self.log_probs(self.actor, sequence, start, settings["rollout"]["temperature"])
                 ref = self.log_probs(self.ref, sequence, start, settings["rollout"]["temperature"])
-                values = self.scalars(self.critic, sequence)[start - 1 : -1].tolist()
+                values = self.values(sequence)[start - 1 : -1].tolist()
                 score = self.scalars(self.reward, sequence)[-1].item()
             clip = settings["reward"]["clip"]
             score = max(-clip, min(clip, score)) + (0.0 if end else settings["reward"]["missing_eos"])
@@ -192,7 +199,7 @@ def test_second_epoch_update_equals_the_slow_version(source, other_source, chang
             old, adv = experience.log_probs[i, :size], experience.advantages[i, :size]
             ref = experience.ref_log_probs[i, :size]
             new = slow.log_probs(slow.actor, sequence, len(prompt), 0.8)
-            values = slow.scalars(slow.critic, sequence)[len(prompt) - 1 : -1]
+            values = slow.values(sequence)[len(prompt) - 1 : -1]
             distributions = (slow.actor(torch.tensor([sequence])).logits[0] / 0.8).softmax(-1)
             for t in range(size):
                 ratio = torch.exp(new[t] - old[t])
@@ -258,6 +265,27 @@ def test_a_reward_model_is_normalised_by_what_it_was_saved_with(source, other_so
     found = [ModelReward(judge, longest=28, normalize=normalize)(experience) for normalize in (False, True)]
     torch.testing.assert_close(found[0], experience.scores - 0.25)
     torch.testing.assert_close(found[1], (experience.scores - 0.25) / 2)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_critic_begins_on_the_scale_of_the_rewards(source, normalize):
+    judge = engine(ScalarEngine, source, spec("reward", trains=False, micro=3), seed=12)
+    critic = engine(ScalarEngine, source, spec("critic", micro=3), seed=12)
+    ids, lengths = torch.randint(0, 259, (2, 9)), torch.tensor([9, 9])
+    plain = critic.scalars(ids, lengths)
+    for each in (judge, critic):
+        each.module.config.reward_mean, each.module.config.reward_std = 0.25, 2.0
+    ModelReward(judge, longest=28, normalize=normalize)
+    asked = SimpleNamespace(engine=lambda name, kind: critic, settings={"reward": {"normalize": normalize}})
+    found = make_critic(asked).scalars(ids, lengths)
+    torch.testing.assert_close(found, judge.scalars(ids, lengths))
+    torch.testing.assert_close(found, (plain - 0.25) / (2 if normalize else 1))
+
+
+def test_a_critic_of_a_model_without_a_mean_gives_what_the_model_does(source):
+    critic = engine(ScalarEngine, source, spec("critic", micro=3), seed=12)
+    make_critic(SimpleNamespace(engine=lambda name, kind: critic, settings={"reward": {"normalize": True}}))
+    assert (critic.mean, critic.deviation) == (0.0, 1.0)
 
 
 def test_micro_size_does_not_change_the_update(source, other_source):
