@@ -8,6 +8,7 @@ is meant. Trainers cut by this (training/micro.py), and a plan's seconds count w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ SPREAD = 0.2
 # Seconds that ZeRO 3 takes of a host for each parameter tensor: in a forward pass, and in a backward pass, which also
 # reduces the gradient (PPO of OPT-1.3B with OPT-350M, 388 tensors each, on two H200; in the middle of two hosts).
 HOOKS, BACKWARD_HOOKS = 0.085e-3, 0.3e-3
+HALVINGS = 20  # of an interval of lengths: to less than a thousandth of a token
+MOST = 128  # rows that are cut for a plan, and stand for more
 # FLOP/s of passes, at 6 FLOPs for each parameter and token: an H100's, and those of a core of a CPU.
 SPEED = {"cuda": 4e14, "cpu": 5e10}
 
@@ -145,10 +148,6 @@ def _mean(low: float, high: float) -> float:
     return (high - low) / math.log(high / low) if high > low else low
 
 
-HALVINGS = 20
-MOST = 128  # rows that are cut for a plan, and stand for more
-
-
 @dataclass(frozen=True, slots=True)
 class Passes:
     """What the passes of a minibatch come to: how many they are; of real tokens, of those that all but attention
@@ -161,8 +160,13 @@ class Passes:
     launched: float
 
 
+@functools.lru_cache(maxsize=1024)  # a plan asks for the same again in each layout that it tries
 def passes(lengths: Lengths, rows: float, room: float, cost: PassCost) -> Passes:
     """Of a minibatch of so many rows, on one device."""
+    mean = lengths.mean
+    if not lengths.points:  # nothing to cut by
+        full = math.ceil(rows / max(1.0, room // mean))
+        return Passes(full, rows * mean, rows * mean, rows * mean * mean, full)
     sample = lengths.rows(max(1, min(math.ceil(rows), MOST)))
     scale = rows / len(sample)
     count = real = computed = attended = launched = 0.0

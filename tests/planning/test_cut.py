@@ -130,3 +130,5 @@ def test_passes_by_hand():
     full = passes(Lengths(512.0), 32, 8 * 512, PassCost(100.0, True))
     assert (full.count, full.real, full.computed, full.attended) == (4, 32 * 512, 32 * 512, 32 * 512**2)
     assert passes(Lengths(512.0), 1024, 8 * 512, PassCost(100.0)).count == 128
+    assert passes(Lengths(256.0), 24, 8 * 512, PassCost(100.0)).count == 2  # shorter ones, more at a time
+    assert passes(Lengths(512.0), 1, 256, PassCost(100.0)).count == 1
