@@ -110,6 +110,16 @@ def test_a_host_launches_layers_and_tensors(monkeypatch):
     assert one_gpu(3, checkpointing=True) == pytest.approx(recomputed, rel=1e-4)
 
 
+def test_rows_that_are_shorter_take_fewer_passes(monkeypatch):
+    """8 rows in micro batches of 2 x 512 tokens: 4 passes of full ones, 1 of those of 128."""
+    rates_of(monkeypatch, matmul=1e18, train=0.5, copy=1e18, forward=3e-3)
+    one = need("policy", "facebook/opt-1.3b", 8, 512, zero=1, micro=2, checkpointing=False)
+    placed, micro = fit([one], None, H100), 4 * 24 * 3e-3 + 2 * 388 * 1e-4
+    for length, passes in ((512, 4), (128, 1)):
+        took = seconds(placed, Supervised(Lengths(length)), H100)["train"]
+        assert took == pytest.approx(passes * micro + 388 * 1e-4, rel=1e-4)
+
+
 def test_launches_of_one_engine_are_hidden_behind_the_work_of_another(monkeypatch):
     """PPO of 128: the host would decide the critic's passes, which take few FLOPs and as many layers as the actor's."""
 
