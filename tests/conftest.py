@@ -11,6 +11,8 @@ import pytest
 # Models of the tests are so small that threads wait for one another longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import ahead  # noqa: E402 (which keeps the environment)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write golden files instead of comparing")
@@ -30,8 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build DeepSpeed's operator for the CPU, a minute once for each environment, beside the tests without ranks."""
-    if any(map(starts_ranks, session.items)) and not session.config.option.collectonly:
+    """Build DeepSpeed's operator for the CPU, a minute once for each environment, beside the tests without ranks; and
+    begin what other tests wait for."""
+    if session.config.option.collectonly:
+        return
+    wanted = [
+        function
+        for module in dict.fromkeys(item.module for item in session.items)
+        for name, function in getattr(module, "AHEAD", {}).items()
+        if any(item.module is module and name in item.fixturenames for item in session.items)
+    ]
+    for function in wanted:
+        ahead.begun(function)
+    if any(map(starts_ranks, session.items)):
         subprocess.Popen(
             [sys.executable, "-c", "from rlhfdsl.engines.distributed import build_operator; build_operator()"],
             env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -47,8 +60,7 @@ def settled():
 
 @pytest.fixture(autouse=True)
 def own_linear():
-    """DeepSpeed puts a `linear` of its own into torch for the first engine at ZeRO 3 and leaves it there, which makes
-    every later forward of the process take twice as long."""
+    """An engine at ZeRO 3 leaves a `linear` in torch (engines/gathering.py); each test begins without it."""
     yield
     if "torch" in sys.modules:
         import torch

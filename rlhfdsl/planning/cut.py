@@ -36,7 +36,7 @@ SPEED = {"cuda": 4e14, "cpu": 5e10}
 class PassCost:
     """What a pass over a micro batch takes, counted in real tokens, and so how it reads its rows.
 
-    launches: tokens that take as long as what a pass launches beside its tokens; hooks: as what ZeRO 3 does of it.
+    launches, hooks: tokens that take as long as what a pass launches beside its tokens, and as what ZeRO 3 does in it.
     packs: whether the model can be read without padding.
     """
 

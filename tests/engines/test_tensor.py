@@ -6,10 +6,12 @@ import subprocess
 import sys
 from base64 import urlsafe_b64encode
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import tensor_ranks
 import torch
+from ahead import ENVIRONMENT, begun
 from rollouts import LORA, tiny_model
 
 from rlhfdsl.engines.ports import free_port
@@ -133,17 +135,25 @@ def launched(folder: Path, device: str) -> list[dict]:
         "--master_addr=127.0.0.1", f"--master_port={free_port()}",
         str(Path(tensor_ranks.__file__)), str(folder), device,
     ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"TORCHDYNAMO_DISABLE": "1"} if device == "cpu" else {}  # as the launcher of the program does
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+def two_ranks() -> list[dict]:
+    with TemporaryDirectory() as folder:
+        return launched(Path(folder), "cpu")
+
+
+AHEAD = {"on_cpu": two_ranks}
+
+
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory) -> list[dict]:
-    return launched(tmp_path_factory.mktemp("tensor"), "cpu")
+def on_cpu() -> list[dict]:
+    return begun(two_ranks).result()
 
 
 @pytest.mark.parametrize("case", tensor_ranks.cases("cpu"))

@@ -1,14 +1,18 @@
 """The whole pipeline at ZeRO 0, 2 and 3, on one rank and on two: the same numbers."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
 from base64 import urlsafe_b64encode
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
+from ahead import ENVIRONMENT, begun
 from peft import PeftModel
 from pipeline import RECIPE, plan, run_broken, run_here, write_recipe
 from safetensors.torch import load_file
@@ -54,9 +58,10 @@ NUMBERS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
+def two_ranks() -> Path:
+    """The folder of the runs of two ranks, and the port at which they met."""
+    folder = Path(mkdtemp(prefix="ranks-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_recipe(folder, ADAPTED)
     port = free_port()
     launch = [
@@ -65,25 +70,28 @@ def runs(tmp_path_factory) -> Path:
         "--master_addr=127.0.0.1", f"--master_port={port}",
         str(Path(__file__).parents[1] / "pipeline.py"), str(folder), "2", *ZERO,
     ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
-    here = Path.cwd()
-    os.chdir(folder)
-    with (folder / "log").open("w") as log, subprocess.Popen(launch, env=environment, stdout=log, stderr=log) as two:
-        try:  # while the two start
-            run_here(plan(folder / "small.rlhf", 'recipe.output="runs/1-0"'), folder)
-            run_broken(plan(folder / "small.rlhf", 'recipe.output="runs/1-0-broken"'), folder, 2)
-            for zero in ZERO[1:]:
-                sets = [f"parallel.shard.zero={zero}", f'recipe.output="runs/1-{zero}"']
-                run_here(plan(folder / "small.rlhf", *sets), folder)
-            code = two.wait(900)
-        except BaseException:
-            two.terminate()
-            raise
-        finally:
-            os.chdir(here)
-    assert code == 0, (folder / "log").read_text()[-6000:]
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (folder / "runs" / "port").write_text(str(port))
+    return folder
+
+
+AHEAD = {"runs": two_ranks}
+
+
+@pytest.fixture(scope="module")
+def runs() -> Path:
+    folder, here = begun(two_ranks).result(), Path.cwd()
+    os.chdir(folder)
+    try:
+        run_here(plan(folder / "small.rlhf", 'recipe.output="runs/1-0"'), folder)
+        run_broken(plan(folder / "small.rlhf", 'recipe.output="runs/1-0-broken"'), folder, 2)
+        for zero in ZERO[1:]:
+            sets = [f"parallel.shard.zero={zero}", f'recipe.output="runs/1-{zero}"']
+            run_here(plan(folder / "small.rlhf", *sets), folder)
+    finally:
+        os.chdir(here)
     return folder / "runs"
 
 

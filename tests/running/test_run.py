@@ -1,5 +1,6 @@
 """`rlhf run` as its user meets it: folders, repetition, failures, interruption."""
 
+import atexit
 import io
 import json
 import os
@@ -7,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
+from ahead import ENVIRONMENT, begun
 from command import rlhf
 from frozen import held, measured
 from pipeline import RECIPE, SFT_ONLY, plan, write_recipe
@@ -40,18 +43,26 @@ def no_rank(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A folder with a run by a process of its own, as a user starts it; the other commands run in this process."""
-    folder = tmp_path_factory.mktemp("run")
+def run() -> Path:
+    """A folder with a run by a process of its own, as a user starts it."""
+    folder = Path(mkdtemp(prefix="run-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_recipe(folder)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu"], cwd=folder, env=environment,
+        [sys.executable, "-m", "rlhfdsl", "run", "small.rlhf", "--gpu", "cpu"], cwd=folder, env=ENVIRONMENT,
         capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+AHEAD = {"finished": run}
+
+
+@pytest.fixture(scope="module")
+def finished() -> Path:
+    """What `run` gives; the other commands run in this process."""
+    return begun(run).result()
 
 
 def test_everything_is_where_the_plan_says(finished):
