@@ -55,7 +55,8 @@ def spec(
         "schedule": {"kind": "constant", "lr": lr, "warmup": 0, "updates": 10} if trains else None,
         "deepspeed": deepspeed_config.config(
             dtype=dtype, zero=zero, offload="off", device=device, world=world, micro=micro, accumulation=1,
-            parameters=None, trains=trains, optimizer=optimizer if trains else None, grad_clip=grad_clip,
+            parameters=1,  # the least buckets: DeepSpeed reserves them whole, and keeps engines
+            trains=trains, optimizer=optimizer if trains else None, grad_clip=grad_clip,
         ),
     }  # fmt: skip
 
