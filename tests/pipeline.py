@@ -128,16 +128,17 @@ if __name__ == "__main__":
     os.chdir(folder)
     from rlhfdsl.planning import cut
 
-    cut.SPREAD = 0.0  # so that models as small as these run without padding too, other than on one rank
+    if gpus > 1:
+        cut.SPREAD = 0.0  # so that models as small as these run without padding too, other than on one rank
     for zero in stages:
         sets, output = [f"parallel.shard.zero={zero}"], f"runs/{gpus}-{zero}"
-        if zero == "3":
+        if zero == "3" and gpus > 1:
             sets += [
                 f"stage.{stage}.rollout.{setting}" for stage in ("ppo", "adapted")
                 for setting in ("engine=graph", f"tensor={gpus}")
             ]  # fmt: skip
         run_here(plan(folder / "small.rlhf", *sets, f'recipe.output="{output}"', gpus=gpus), folder)
-        if zero == "3":
+        if zero == ("3" if gpus > 1 else "0"):
             broken = plan(folder / "small.rlhf", *sets, f'recipe.output="{output}-broken"', gpus=gpus)
             run_broken(broken, folder, 2)
     from rlhfdsl.engines import distributed

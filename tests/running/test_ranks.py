@@ -2,7 +2,6 @@
 
 import atexit
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 from ahead import ENVIRONMENT, begun
 from peft import PeftModel
-from pipeline import RECIPE, plan, run_broken, run_here, write_recipe
+from pipeline import RECIPE, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -58,41 +57,33 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def two_ranks() -> Path:
-    """The folder of the runs of two ranks, and the port at which they met."""
+def made() -> Path:
+    """The folder of the runs of one rank and of two, and the port at which the two met."""
     folder = Path(mkdtemp(prefix="ranks-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_recipe(folder, ADAPTED)
     port = free_port()
-    launch = [
+    script = str(Path(__file__).parents[1] / "pipeline.py")
+    two = [
         sys.executable, "-m", "deepspeed.launcher.launch",
         f"--world_info={urlsafe_b64encode(json.dumps({'localhost': [0, 1]}).encode()).decode()}",
         "--master_addr=127.0.0.1", f"--master_port={port}",
-        str(Path(__file__).parents[1] / "pipeline.py"), str(folder), "2", *ZERO,
+        script, str(folder), "2", *ZERO,
     ]  # fmt: skip
     environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for launch in (two, [sys.executable, script, str(folder), "1", *ZERO]):
+        done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (folder / "runs" / "port").write_text(str(port))
     return folder
 
 
-AHEAD = {"runs": two_ranks}
+AHEAD = {"runs": made}
 
 
 @pytest.fixture(scope="module")
 def runs() -> Path:
-    folder, here = begun(two_ranks).result(), Path.cwd()
-    os.chdir(folder)
-    try:
-        run_here(plan(folder / "small.rlhf", 'recipe.output="runs/1-0"'), folder)
-        run_broken(plan(folder / "small.rlhf", 'recipe.output="runs/1-0-broken"'), folder, 2)
-        for zero in ZERO[1:]:
-            sets = [f"parallel.shard.zero={zero}", f'recipe.output="runs/1-{zero}"']
-            run_here(plan(folder / "small.rlhf", *sets), folder)
-    finally:
-        os.chdir(here)
-    return folder / "runs"
+    return begun(made).result() / "runs"
 
 
 def test_ranks_leave_no_shared_memory(runs):
