@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from rlhfdsl.planning.rates import BACKWARD_LAUNCHES, LAYER_FORWARD
@@ -45,13 +45,15 @@ class PassCost:
     hooks: float = 0.0
 
     @classmethod
-    def of(
-        cls, device: str, layers: float, parameters: int, packs: bool, tensors: int = 0, sequences: int = 1
-    ) -> Self:
-        """Of forward and backward. tensors: those that ZeRO 3 gathers. sequences: of a row, which a pair has two of."""
-        token = 6 * parameters * sequences / SPEED[device]
+    def of(cls, device: str, layers: float, parameters: int, packs: bool, tensors: int = 0) -> Self:
+        """Of forward and backward. tensors: those that ZeRO 3 gathers."""
+        token = 6 * parameters / SPEED[device]
         seconds = (1 + BACKWARD_LAUNCHES) * LAYER_FORWARD * layers
         return cls(seconds / token, packs, (HOOKS + BACKWARD_HOOKS) * tensors / token)
+
+    def over(self, sequences: int) -> Self:
+        """The same of rows of so many sequences, as pairs are, whose tokens are counted by the sequence."""
+        return replace(self, launches=self.launches / sequences, hooks=self.hooks / sequences)
 
     def packed(self, real: float, padded: float) -> bool:
         """Whether rows of `real` tokens, `padded` with their padding, are read without it: a pass of few tokens is all

@@ -177,13 +177,11 @@ class _Clock:
     def causal(self) -> bool:
         return self.placed.need.head == "none"
 
-    def flops(self, length: float, said: float = 1.0, tensor: int = 1) -> float:
-        """FLOPs of a forward pass for one token of a sequence of `length`, on one device of the `tensor` that share it.
-
-        said: the share of tokens with logits.
-        """
+    def flops(self, length: float, tensor: int) -> float:
+        """FLOPs of a forward pass for one token of a sequence of `length`, its logits among them, on one device of the
+        `tensor` that share it."""
         each = flops.forward(self.shape, self.count, causal=self.causal, tensor=tensor)
-        return each.token + said * each.said + length * each.attended
+        return each.token + each.said + length * each.attended
 
     def score(self, sequences: float, lengths: Lengths, said: float) -> _Passes:
         """Reading `sequences`: of a joint pass of actor and reference all is the actor's."""
@@ -206,9 +204,9 @@ class _Clock:
         items = sequences / need.sequences / cuts
         cost = PassCost.of(
             self.target.device, self.shape.layers, self.count, need.packing and not need.eager,
-            self.tensors if self.placed.zero == 3 else 0, need.sequences,
+            self.tensors if self.placed.zero == 3 else 0,
         )  # fmt: skip
-        one = cut.passes(lengths, items, self.placed.micro * need.length, cost)
+        one = cut.passes(lengths, items, self.placed.micro * need.length, cost.over(need.sequences))
         each = flops.forward(self.shape, self.count, causal=causal)
         times = copies * need.sequences * cuts
         tokens, logits = times * one.computed, said * times * one.real
@@ -318,12 +316,12 @@ class _Clock:
         """
         tensor, rounds, slots = sampling.tensor, sequences / sampling.rows, sampling.rows * sampling.tensor
         prefill = max(
-            slots * prompt * self.flops(prompt, tensor=tensor) / (self.rates.matmul * self.rates.train),
+            slots * prompt * self.flops(prompt, tensor) / (self.rates.matmul * self.rates.train),
             (self.layers + self.reading) * self.rates.forward,
         ) + self.totals(slots * prompt, tensor)  # fmt: skip
         cache = memory.kv_cache(self.shape, sequences=sampling.rows, length=1, dtype=self.placed.need.dtype)
         read = self.width * shards.held(self.shape, self.count, tensor) + cache * (prompt + answer / 2)
-        compute = slots * self.flops(prompt + answer / 2, tensor=tensor) / self.rates.matmul
+        compute = slots * self.flops(prompt + answer / 2, tensor) / self.rates.matmul
         need, graph = self.placed.need, sampling.engine == "graph"
         few = graph and slots <= FEW and need.dtype != "fp32"
         as_they_lie = few and need.dtype == "bf16"

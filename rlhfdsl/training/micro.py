@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -50,8 +49,7 @@ def micro_parts(
 def micro_pairs(lengths: Sequence[tuple[int, int]], engine: Reader, longest: int) -> list[torch.Tensor]:
     """As `micro_parts` of one minibatch whose rows are pairs of sequences, read together and padded to the longer."""
     longer, mean = [max(pair) for pair in lengths], [sum(pair) / 2 for pair in lengths]
-    of_one = replace(engine.cost, launches=engine.cost.launches / 2, hooks=engine.cost.hooks / 2)
-    cut = by_length(longer, engine.micro * longest, of_one, mean)
+    cut = by_length(longer, engine.micro * longest, engine.cost.over(2), mean)
     return _on_every_rank([cut], len(lengths))[0]
 
 

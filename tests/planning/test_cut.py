@@ -92,7 +92,7 @@ def test_what_a_pass_costs_beside_its_tokens():
     cost = PassCost.of("cuda", 24, count, True, 388)
     assert cost.launches * token == pytest.approx(4 * 24 * 0.7e-3)
     assert cost.hooks * token == pytest.approx(388 * (HOOKS + BACKWARD_HOOKS))
-    pairs = PassCost.of("cuda", 24, count, True, 388, sequences=2)
+    pairs = cost.over(2)
     assert (pairs.launches, pairs.hooks) == (cost.launches / 2, cost.hooks / 2)
     # where ZeRO 3 gathers for each pass, two rows share one that have one each where it does not
     assert by_length([9, 1], 100, PassCost(7)) == [[0], [1]]
