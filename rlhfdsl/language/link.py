@@ -56,7 +56,8 @@ def order(blocks: Mapping[str, Block], problems: list[Diagnostic]) -> tuple[Bloc
             closing = [s.span for _, _, s, ref in references(stages[circle[-2]]) if ref.address == address]
             span = closing[0] if closing else stages[circle[-2]].span  # it may lead through a scorer
             message = f"stages need each other: {' -> '.join(circle)}"
-            problems.append(Diagnostic("E0203", "error", message, span, "this closes the circle"))
+            help = "one of them has to start from a `model` block, or from a stage that needs none of these"
+            problems.append(Diagnostic("E0203", "error", message, span, "this closes the circle", help=help))
             return False
         open_.append(address)
         scorers = {name: blocks[name] for name in named(stages[address]) if name in blocks}
